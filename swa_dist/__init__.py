@@ -1,0 +1,1 @@
+"""Distributed ImageNet fine-tuning with Stochastic Weight Averaging."""

@@ -1,0 +1,435 @@
+"""The recipe: a frozen tree of settings, loaded from YAML, overridden, checked and explained. Imports no torch.
+
+Every field decides the result and enters the run key, unless it is listed in `NOT_IN_KEY`.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import ruamel.yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from ruamel.yaml.error import YAMLError
+
+from swa_dist.errors import ConfigError
+
+# Bump by hand when a change alters the numbers of an unchanged recipe: finished runs are then not taken for new ones.
+NUMERICS_VERSION = 1
+
+# The head of torchvision's models and the paper's learning rates are for this global batch.
+PAPER_GLOBAL_BATCH = 256
+
+_FROZEN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, le=10)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Model:
+    arch: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    """A torchvision classifier: resnet50, resnet152, densenet161, ..."""
+    weights: str
+    """Where the run starts: a torchvision weights name (IMAGENET1K_V1), a path or an https:// address of a state_dict
+    (.pth, .pt) or a .safetensors file."""
+    weights_sha256: Annotated[str, Field(pattern=r"^(auto|[0-9a-f]{64})$")] = "auto"
+    """The file's SHA-256. `auto`: the one found at first use, which the run key holds from then on."""
+    num_classes: Annotated[int, Field(ge=2, le=1_000_000)] = 1000
+    """How many classes the data has."""
+    head: Literal["keep", "replace"] = "keep"
+    """`replace`: a new, randomly initialised last layer, for other classes than those of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Data:
+    name: str
+    """What the data set is called in MLflow."""
+    train: str
+    """Folder of the training images, one sub-folder per class."""
+    val: str
+    """Folder of the validation images, with the same classes."""
+    global_batch: Annotated[int, Field(ge=2, le=1_048_576)] = PAPER_GLOBAL_BATCH
+    """Images per optimizer step, over all workers."""
+    group_images: Annotated[int, Field(ge=2, le=65_536)] = 32
+    """Images that go through the network, and so through BatchNorm, together. Not per worker: a part of the result."""
+    image_size: Annotated[int, Field(ge=8, le=4096)] = 224
+    """Height and width of the network's input, pixels."""
+    resize_size: Annotated[int, Field(ge=8, le=4096)] = 256
+    """Evaluation: the shorter side after resizing, before the centre crop, pixels."""
+    crop_area: Annotated[tuple[float, float], Field(strict=False)] = (0.08, 1.0)
+    """Training: share of the image's area that a random crop takes, least and most."""
+    crop_ratio: Annotated[tuple[float, float], Field(strict=False)] = (0.75, 4 / 3)
+    """Training: width / height of a random crop, least and most."""
+    flip: bool = True
+    """Training: mirror every other image."""
+    num_threads: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = "auto"
+    """Decoding threads per worker. `auto`: the cores this worker has."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Optim:
+    epochs: Annotated[int, Field(ge=1, le=1000)]
+    """Passes over the training images."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    head_lr_multiplier: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """The last layer's learning rate, as a multiple of the others'."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Cyclical:
+    """The paper's: falls linearly from `max_lr` to `min_lr` in each cycle, then jumps back."""
+
+    name: Literal["cyclical"]
+    max_lr: Rate
+    min_lr: Annotated[float, Field(ge=0, le=10)]
+    cycle_epochs: Positive = 1
+    warmup_epochs: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Over so many epochs at the start the rate is scaled up linearly from zero."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Constant:
+    """One rate throughout."""
+
+    name: Literal["constant"]
+    max_lr: Rate
+    warmup_epochs: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Over so many epochs at the start the rate is scaled up linearly from zero."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Average:
+    include_start: bool = False
+    """Whether the starting weights are one of the averaged iterates. The authors' code: no."""
+    start_epoch: Annotated[int, Field(ge=0)] = 0
+    """Iterates of the first so many epochs are left out."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Recalibrate:
+    images: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
+    """Training images that fresh BatchNorm statistics are computed from."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Evaluate:
+    candidate: Literal["swa", "last"] = "swa"
+    """Which weights are to be registered. Named beforehand: choosing by the result would flatter it."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Checkpoint:
+    keep_last: Positive = 2
+    """Training checkpoints that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Tracking:
+    uri: str = "auto"
+    """MLflow's address. `auto`: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the folder of the command."""
+    experiment: str = "swa_dist"
+    log_every_steps: Positive = 50
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Registry:
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
+    """Name of the registered model."""
+    first: Literal["promote", "hold"] = "hold"
+    """The name's first version: make it @champion whatever the verdict, or leave that to a person."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Cluster:
+    launcher: Literal["ray", "process"] = "ray"
+    """`ray`: Ray Train workers. `process`: this one process. Under torchrun its processes are the workers."""
+    num_workers: Annotated[int, Field(ge=1, le=16_384)] = 1
+    cpus_per_worker: Annotated[float, Field(gt=0, le=1024)] = 1.0
+    gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
+    """`auto`: one where the machine has any."""
+    address: Annotated[str, Field(min_length=1)] = "local"
+    """`local`: a Ray of its own, ended with the run. `auto`: the Ray that this runs in. Else a head's address."""
+    start_timeout_seconds: Positive = 600
+    """How long to wait for workers where a cluster can still grow."""
+    collective_timeout_seconds: Positive = 600
+    """How long a worker waits for the others before it gives up."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Output:
+    dir: str = "runs"
+    """Where runs are kept; all workers must see it."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Recipe:
+    """Everything a fine-tuning run is told."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of the forward and backward pass. Weights, sums and averages are always float32."""
+    model: Model
+    data: Data
+    optim: Optim
+    schedule: Annotated[Cyclical | Constant, Field(discriminator="name")]
+    average: Average = Average()
+    recalibrate: Recalibrate = Recalibrate()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+    registry: Registry
+    cluster: Cluster = Cluster()
+    output: Output = Output()
+
+    @property
+    def groups_per_batch(self) -> int:
+        return math.ceil(self.data.global_batch / self.data.group_images)
+
+
+# Where things are and how they are run. Their content enters the key by digest: `weights` and the data's.
+NOT_IN_KEY = frozenset(
+    {
+        "name",
+        "model.weights",
+        "model.weights_sha256",
+        "data.name",
+        "data.train",
+        "data.val",
+        "data.num_threads",
+        "checkpoint",
+        "tracking",
+        "registry",
+        "cluster",
+        "output",
+    }
+)
+
+_ADAPTER = TypeAdapter(Recipe)
+
+
+def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in the YAML file `source`, with `a.b=value` overrides. Raises ConfigError naming every mistake."""
+    path = Path(source)
+    try:
+        tree = _yaml().load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"`RECIPE` must be a YAML file, but {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"`RECIPE` must be a readable YAML file, but {path} is not: {error}.") from None
+    except YAMLError as error:
+        raise ConfigError(f"{path} must be YAML, but is not: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a tree of settings, but holds {type(tree).__name__}.")
+    for override in overrides:
+        _override(tree, override)
+    return from_tree(tree, origin=str(path))
+
+
+def from_tree(tree: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
+    """The recipe of a plain tree of dicts, lists and scalars. Raises ConfigError naming every mistake."""
+    try:
+        recipe = _ADAPTER.validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        problems = _explain_all(error)
+    except RecursionError:
+        problems = ["nested too deeply"]
+    else:
+        problems = list(_contradictions(recipe))
+        if not problems:
+            return recipe
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise ConfigError("\n  ".join([f"{origin}: {count}", *problems]))
+
+
+def to_tree(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain dicts, lists and scalars; `from_tree` takes it back."""
+    tree = _ADAPTER.dump_python(recipe, mode="json")
+    assert isinstance(tree, dict)
+    return tree
+
+
+def to_yaml(recipe: Recipe) -> str:
+    out = io.StringIO()
+    writer = _yaml()
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.dump(to_tree(recipe), out)
+    return out.getvalue()
+
+
+def schema() -> dict[str, Any]:
+    """The recipe's JSON schema, for editors."""
+    return _ADAPTER.json_schema()
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """SHA-256 of the whole resolved recipe."""
+    return _digest(to_tree(recipe))
+
+
+def run_key(recipe: Recipe, weights_digest: str, data_digest: str) -> str:
+    """SHA-256 over what decides the result: the same key means the same weights, wherever it runs."""
+    fields = {
+        name: value
+        for name, value in flatten(to_tree(recipe)).items()
+        if name not in NOT_IN_KEY and name.partition(".")[0] not in NOT_IN_KEY
+    }
+    return _digest({"numerics": NUMERICS_VERSION, "recipe": fields, "weights": weights_digest, "data": data_digest})
+
+
+def replace(recipe: Recipe, **fields: Any) -> Recipe:
+    """A copy of `recipe` with dotted fields replaced, `replace(r, **{"model.weights": path})`, checked again."""
+    tree = to_tree(recipe)
+    for name, value in fields.items():
+        *sections, last = name.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[last] = value
+    return from_tree(tree)
+
+
+def _contradictions(r: Recipe) -> Iterable[str]:
+    """Settings that are each fine and together are not."""
+    workers, groups = r.cluster.num_workers, r.groups_per_batch
+    if r.data.group_images > r.data.global_batch:
+        yield (
+            f"`data.group_images` must be at most `data.global_batch` ({r.data.global_batch}), but is"
+            f" {r.data.group_images}. Make it smaller."
+        )
+    elif workers > groups:
+        fit = max(2, r.data.global_batch // workers)
+        yield (
+            f"`cluster.num_workers` must be at most the groups in a global batch ({groups} ="
+            f" {r.data.global_batch} images / {r.data.group_images}), but is {workers}. Set `data.group_images` to"
+            f" {fit} or less, or `data.global_batch` to {workers * r.data.group_images} or more; either is another"
+            " result and another key."
+        )
+    if r.data.resize_size < r.data.image_size:
+        yield (
+            f"`data.resize_size` must be at least `data.image_size` ({r.data.image_size}), but is {r.data.resize_size}."
+        )
+    low, high = r.data.crop_area
+    if not 0 < low <= high <= 1:
+        yield f"`data.crop_area` must be two shares with 0 < least <= most <= 1, but is [{low:g}, {high:g}]."
+    low, high = r.data.crop_ratio
+    if not 0.01 <= low <= high <= 100:
+        yield f"`data.crop_ratio` must be two ratios with 0.01 <= least <= most <= 100, but is [{low:g}, {high:g}]."
+    if isinstance(r.schedule, Cyclical):
+        if r.schedule.min_lr > r.schedule.max_lr:
+            yield (
+                f"`schedule.min_lr` must be at most `schedule.max_lr` ({r.schedule.max_lr:g}), but is"
+                f" {r.schedule.min_lr:g}."
+            )
+        if r.optim.epochs % r.schedule.cycle_epochs:
+            fits = ", ".join(str(n) for n in range(1, r.optim.epochs + 1) if r.optim.epochs % n == 0)
+            yield (
+                f"`schedule.cycle_epochs` must divide `optim.epochs` ({r.optim.epochs}), but is"
+                f" {r.schedule.cycle_epochs}. These do: {fits}."
+            )
+    if r.schedule.warmup_epochs > r.optim.epochs:
+        yield (
+            f"`schedule.warmup_epochs` must be at most `optim.epochs` ({r.optim.epochs}), but is"
+            f" {r.schedule.warmup_epochs:g}."
+        )
+    if r.average.start_epoch >= r.optim.epochs:
+        yield (
+            f"`average.start_epoch` must be less than `optim.epochs` ({r.optim.epochs}), but is"
+            f" {r.average.start_epoch}: nothing would be averaged."
+        )
+
+
+def _yaml() -> ruamel.yaml.YAML:
+    return ruamel.yaml.YAML(typ="safe", pure=True)  # YAML 1.2: 1e-3 is a number, a doubled key an error
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    name, sign, text = override.partition("=")
+    if not sign or not all(name.split(".")):
+        raise ConfigError(f"`--set` must be like optim.epochs=10, but is {override!r}.")
+    try:
+        value = _yaml().load(text)
+    except YAMLError:
+        raise ConfigError(f"`--set {name}` must be a YAML value, but is {text!r}.") from None
+    *sections, last = name.split(".")
+    for section in sections:
+        node = tree.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"`--set {name}`: `{section}` is a value, not a section.")
+        tree = node
+    tree[last] = value
+
+
+def _explain_all(errors: ValidationError) -> list[str]:
+    """A sentence for each wrong setting. One that takes a word or a number fails once per kind, and is said once."""
+    sentences: dict[str, str] = {}
+    for error in errors.errors():
+        name, sentence = _explain(error)
+        if name in sentences and ", but is" in sentence:
+            sentence = sentences[name].replace(
+                ", but is", f" or {sentence.split(' must be ')[1].split(', but is')[0]}, but is"
+            )
+        sentences[name] = sentence
+    return list(sentences.values())
+
+
+def _explain(error: Mapping[str, Any]) -> tuple[str, str]:
+    """The setting of one pydantic error, and a sentence, with the likely key for a misspelt one."""
+    where = [str(part) for part in error["loc"] if str(part) not in ("cyclical", "constant")]
+    # The kinds of a union are pydantic's names, not the person's.
+    where = [part for part in where if not part.startswith(("literal[", "constrained-", "function-"))]
+    name = ".".join(where)
+    kind = error["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _fields_at(where[:-1], error)
+        close = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(sorted(known))}."
+        return name, f"`{name}` is not a setting; {hint}"
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument", "union_tag_not_found"):
+        if kind == "union_tag_not_found":
+            name += ".name"
+        return name, f"`{name}` is missing."
+    if kind == "union_tag_invalid":
+        name, given = name + ".name", error["ctx"]["tag"]
+        return name, f"`{name}` must be one of {error['ctx']['expected_tags']}, but is {given!r}."
+    message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return name, f"`{name}` must be {message}, but is {error['input']!r}."
+
+
+def _fields_at(sections: list[str], error: Mapping[str, Any]) -> list[str]:
+    """The settings of the section at a dotted place of the recipe."""
+    kinds: list[Any] = [Recipe]
+    for section in sections:
+        hints = [typing.get_type_hints(kind) for kind in kinds if dataclasses.is_dataclass(kind)]
+        found = [hint[section] for hint in hints if section in hint]
+        kinds = [kind for hint in found for kind in (typing.get_args(hint) or (hint,))]
+    if sections == ["schedule"]:
+        tag = next((part for part in error["loc"] if part in ("cyclical", "constant")), None)
+        kinds = [kind for kind in (Cyclical, Constant) if tag is None or kind.__name__.lower() == tag]
+    return [f.name for kind in kinds if dataclasses.is_dataclass(kind) for f in dataclasses.fields(kind)]

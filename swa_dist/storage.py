@@ -1,0 +1,174 @@
+"""Files that are wholly there or not there: digests, atomic writes and committed entries."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from swa_dist.errors import CheckpointError, OutputError
+
+_MANIFEST = "manifest.json"
+_STAGING = ".staging-"
+_CORRUPT = ".corrupt-"
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader, or a crash, meets the old file or the new one and nothing between."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, staged = tempfile.mkstemp(dir=path.parent, prefix=_STAGING)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(staged).replace(path)
+        except BaseException:
+            Path(staged).unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object at `path`, or None where there is none. Raises CheckpointError where it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{path} must hold JSON, but does not: {error}. Remove it.") from None
+    assert isinstance(value, dict)
+    return value
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that can't be written into an OutputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"{path} must fit on its disk, but that is full. Free some space and run again."
+            ) from None
+        raise OutputError(
+            f"`output.dir` must be a folder that can be written, but writing {path} failed: {error.strerror}."
+        ) from None
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends, replacing one of that name; or nothing does."""
+    staged = target.parent / f"{_STAGING}{target.name}-{uuid.uuid4().hex}"
+    with writing(target):
+        staged.mkdir(parents=True)
+        try:
+            yield staged
+            _sync_folder(staged)
+            if target.exists():
+                shutil.rmtree(target)
+            staged.replace(target)
+            _sync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+
+
+class Store:
+    """A folder of committed entries: named folders of files with a manifest, each all there or not there.
+
+    An entry is written aside, hashed and renamed; what a kill leaves half-written is never an entry. Entries are
+    verified against their hashes when opened, since neither torch.load nor safetensors notices a flipped bit.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def commit(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Make the entry `name` ("checkpoints/000000000512") of the files that `fill` writes into a folder.
+
+        An entry of that name that is there already is replaced. Raises OutputError; then nothing has changed.
+        """
+        with new_folder(self.root / name) as folder:
+            fill(folder)
+            files = {}
+            for path in sorted(folder.iterdir()):
+                _sync_file(path)
+                files[path.name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+            manifest = folder / _MANIFEST
+            manifest.write_text(json.dumps({"schema": 1, "files": files}, indent=1), encoding="utf-8")
+            _sync_file(manifest)
+
+    def open(self, name: str) -> Path:
+        """The folder of the entry `name`, verified. Raises CheckpointError naming the file that is not whole."""
+        folder = self.root / name
+        manifest = read_json(folder / _MANIFEST)
+        if manifest is None:
+            raise CheckpointError(f"{folder} must be a committed entry, but has no {_MANIFEST}.")
+        for file, facts in manifest["files"].items():
+            path = folder / file
+            if not path.is_file():
+                raise CheckpointError(f"{path} must be there, but is not.")
+            if path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
+                raise CheckpointError(f"{path} must have SHA-256 {facts['sha256']}, but has not: it is damaged.")
+        return folder
+
+    def names(self, kind: str) -> list[str]:
+        """The entries of one kind ("checkpoints"), in the order of their names, unverified."""
+        folder = self.root / kind
+        if not folder.is_dir():
+            return []
+        return [f"{kind}/{path.name}" for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+
+    def newest(self, kind: str, warn: Callable[[str], None]) -> str | None:
+        """The last valid entry of a kind. Damaged ones are named to `warn` and set aside, not deleted."""
+        for name in reversed(self.names(kind)):
+            try:
+                self.open(name)
+            except CheckpointError as error:
+                aside = self.root / kind / f"{_CORRUPT}{Path(name).name}-{uuid.uuid4().hex[:8]}"
+                warn(f"{error} Set aside as {aside.name}; going on with the one before it.")
+                (self.root / name).rename(aside)
+            else:
+                return name
+        return None
+
+    def has(self, name: str) -> bool:
+        return (self.root / name / _MANIFEST).is_file()
+
+    def remove(self, name: str) -> None:
+        """Remove an entry. A kill half-way leaves nothing that looks like one."""
+        folder = self.root / name
+        (folder / _MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def sweep(self, kind: str) -> None:
+        """Remove what kills left half-written. Only for the one writer of this store."""
+        folder = self.root / kind
+        for leftover in folder.glob(f"{_STAGING}*") if folder.is_dir() else ():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,81 @@
+"""BatchNorm in train mode: running statistics for any number of workers, and passes that leave none."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from swa_dist.training.world import World
+
+
+def layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers that keep running statistics, by name; one that is used in several places once."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+class RunningStatistics:
+    """The running statistics of one worker's BatchNorm layers, as its part of those of all workers.
+
+    One process that ran all groups in order would have r <- (1 - m) r + m s for each group's statistics s. That is
+    linear, so each worker runs it over its own groups and decays for the groups of the others; the workers' sum is what
+    the one process has. Between `split` and `settle` the buffers are parts, of no use by themselves; train mode doesn't
+    read them.
+    """
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self._world = world
+        self._decaying: dict[float, list[Tensor]] = {}
+        self._counts: list[Tensor] = []
+        for layer in layers(model).values():
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            if layer.momentum is None:
+                raise ValueError("BatchNorm's `momentum` must be a number, but is None (a cumulative average).")
+            self._decaying.setdefault(layer.momentum, []).extend([layer.running_mean, layer.running_var])
+            assert layer.num_batches_tracked is not None
+            self._counts.append(layer.num_batches_tracked)
+
+    @torch.no_grad()
+    def split(self) -> None:
+        """Begin: rank 0 keeps what all workers have, the others' parts are nothing."""
+        if self._world.rank != 0:
+            torch._foreach_zero_([b for group in self._decaying.values() for b in group] + self._counts)
+
+    @torch.no_grad()
+    def skip(self, num_groups: int) -> None:
+        """Decay for groups that other workers run."""
+        if num_groups:
+            for momentum, buffers in self._decaying.items():
+                torch._foreach_mul_(buffers, (1 - momentum) ** num_groups)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Collective: end; every worker has the statistics of all."""
+        buffers = [b for group in self._decaying.values() for b in group]
+        if not buffers or self._world.size == 1:
+            return
+        flat = self._world.sum_(torch.cat([b.flatten() for b in buffers]))
+        for buffer, values in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
+        counts = self._world.sum_(torch.stack(self._counts))
+        for count, value in zip(self._counts, counts, strict=True):
+            count.copy_(value)
+
+
+@contextlib.contextmanager
+def unrecorded(model: nn.Module) -> Iterator[None]:
+    """Within the block BatchNorm in train mode normalises by its batch and leaves the running statistics alone."""
+    found = list(layers(model).values())
+    for layer in found:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in found:
+            layer.track_running_stats = True

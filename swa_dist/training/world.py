@@ -1,0 +1,146 @@
+"""The workers of a run, as one of them sees them. The same functions run alone and on many."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from swa_dist.errors import NumericsError
+
+T = TypeVar("T")
+
+
+class World(Protocol):
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Collective: add up `tensor` over all workers, in place."""
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Collective: the largest of each element over all workers, in place."""
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Collective: overwrite `tensor` with rank 0's."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collective: every worker's picklable `value`, by rank, on every worker. For small values."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Collective: `model` with its gradients averaged over the workers in each backward pass."""
+
+
+@dataclass(frozen=True)
+class SoloWorld:
+    """One process."""
+
+    device: torch.device = torch.device("cpu")
+    rank: int = 0
+    size: int = 1
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+class TorchWorld:
+    """The processes of torch.distributed's default group, which must be initialised."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.device = device
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        dist.broadcast(tensor, src=0)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        # Buffers are not broadcast: BatchNorm's are each worker's part of a sum (batchnorm.py).
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+        )
+
+
+def join_from_environment(device: torch.device, timeout_seconds: int) -> TorchWorld:
+    """Collective: the world of the processes that torchrun started."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    return TorchWorld(device)
+
+
+def agree(world: World, value: Any, name: str) -> None:
+    """Collective: raise NumericsError on every worker unless all have the same `value`."""
+    values = world.gather(value)
+    if any(v != values[0] for v in values):
+        listed = ", ".join(f"rank {rank}: {v}" for rank, v in enumerate(values))
+        odd = _minority(values)
+        blame = f" Rank {odd} is alone with its own." if odd is not None else ""
+        raise NumericsError(f"{name} must be the same on all workers, but differ: {listed}.{blame}")
+
+
+def on_rank_zero(world: World, work: Callable[[], T]) -> T:
+    """Collective: what `work` returns on rank 0, on every worker; what it raises there is raised on every worker."""
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if world.rank == 0:
+        try:
+            outcome = (work(), None)
+        except Exception as caught:
+            outcome = (None, caught)
+    value, error = world.gather(outcome)[0]
+    if error is not None:
+        raise error
+    return value  # type: ignore[no-any-return]
+
+
+def broadcast_tensors(world: World, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Collective: rank 0's `tensors`, on every worker's device. What the others give is not looked at."""
+    spec = on_rank_zero(world, lambda: {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
+    sent: dict[str, Tensor] = {}
+    for name, (shape, dtype) in spec.items():
+        own = tensors[name].to(world.device) if world.rank == 0 and tensors else None
+        sent[name] = world.broadcast_(torch.empty(shape, dtype=dtype, device=world.device) if own is None else own)
+    return sent
+
+
+def _minority(values: Sequence[Any]) -> int | None:
+    """The one rank that differs where all others agree: it takes three to tell."""
+    if len(values) < 3:
+        return None
+    for rank, value in enumerate(values):
+        others = [v for r, v in enumerate(values) if r != rank]
+        if value != others[0] and all(v == others[0] for v in others):
+            return rank
+    return None
