@@ -289,13 +289,14 @@ def fingerprint(recipe: Recipe) -> str:
     return _digest(to_tree(recipe))
 
 
+def in_key(field: str) -> bool:
+    """Whether the field, by its dotted name, decides the result."""
+    return field not in NOT_IN_KEY and field.partition(".")[0] not in NOT_IN_KEY
+
+
 def run_key(recipe: Recipe, weights_digest: str, data_digest: str) -> str:
     """SHA-256 over what decides the result: the same key means the same weights, wherever it runs."""
-    fields = {
-        name: value
-        for name, value in flatten(to_tree(recipe)).items()
-        if name not in NOT_IN_KEY and name.partition(".")[0] not in NOT_IN_KEY
-    }
+    fields = {name: value for name, value in flatten(to_tree(recipe)).items() if in_key(name)}
     return _digest({"numerics": NUMERICS_VERSION, "recipe": fields, "weights": weights_digest, "data": data_digest})
 
 

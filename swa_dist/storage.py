@@ -24,14 +24,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a crash, meets the old file or the new one and nothing between."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write `content` so that a reader, or a crash, meets the old file or the new one and nothing between."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, staged = tempfile.mkstemp(dir=path.parent, prefix=_STAGING)
         try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(handle, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             Path(staged).replace(path)

@@ -55,8 +55,11 @@ class Batch:
 class Loaders(Protocol):
     """One worker's images. All workers' groups together are each image once, whatever their number."""
 
-    num_train: int
-    num_val: int
+    @property
+    def num_train(self) -> int: ...
+
+    @property
+    def num_val(self) -> int: ...
 
     def train(self, epoch: int, start: int) -> Iterator[Batch]:
         """The global batches of an epoch, from the one that begins at position `start` of it."""

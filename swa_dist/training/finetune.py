@@ -33,6 +33,9 @@ Parts = dict[str, dict[str, Tensor]]
 CHECKPOINTS = "checkpoints"
 CANDIDATES = "candidates"
 
+REPLICATED = "replicated"
+"""DDP keeps all workers' weights equal, so an all-reduce of the average adds nothing; it proves that they are equal."""
+
 _STOP_EVERY_STEPS = 10
 
 
@@ -81,9 +84,11 @@ def finetune(
     candidates = {"start": run.score("start", run.fresh_model, recalibrated=False)}
     state = run.resume()
     run.train(state)
-    candidates["last"] = run.score("last", lambda: state.model, recalibrated=False)
+    training = {"images": state.position, "seconds": state.seconds, "world_sizes": state.world_sizes}
+    candidates["last"] = run.score("last", lambda: state.model, recalibrated=False, training=training)
     candidates["last_fresh"] = run.score("last_fresh", lambda: state.model, recalibrated=True)
-    candidates["swa"] = run.score("swa", lambda: run.averaged(state), recalibrated=True)
+    average = {"iterates": state.average.ids, "regime": REPLICATED}
+    candidates["swa"] = run.score("swa", lambda: run.averaged(state), recalibrated=True, average=average)
     return candidates
 
 
@@ -156,18 +161,20 @@ class _Run:
         state.optimizer.zero_grad()
         if recipe.average.include_start and state.position == 0:
             self._collect(state)
-        running = RunningStatistics(state.model, world)
+        running, tallies = RunningStatistics(state.model, world), _Tallies(world)
         while state.position < end:
-            self._epoch(state, network, running, end)
+            self._epoch(state, network, running, tallies, end)
             self._commit(state)
 
-    def _epoch(self, state: TrainState, network: nn.Module, running: RunningStatistics, end: int) -> None:
+    def _epoch(
+        self, state: TrainState, network: nn.Module, running: RunningStatistics, tallies: "_Tallies", end: int
+    ) -> None:
         recipe, world, num_train = self.recipe, self.world, self.loaders.num_train
         epoch = state.position // num_train
         batches = self.loaders.train(epoch, state.position - epoch * num_train)
         schedule = learning_rate(recipe, num_train)
         period = averaging_period(recipe, num_train)
-        tallies = _Tallies(world)
+        tallies.begin_epoch()
         running.split()
         for number, info in enumerate(loop.steps(state, network, running, batches, schedule, recipe, world), start=1):
             tallies.add(info.tally)
@@ -188,14 +195,14 @@ class _Run:
         state.seconds += tallies.seconds
         self._row(state, tallies.take_epoch(), None)
 
-    def score(self, name: str, make: Callable[[], nn.Module], *, recalibrated: bool) -> Candidate:
-        """Collective: score the weights that `make` gives, or read what an earlier attempt found."""
+    def score(self, name: str, make: Callable[[], nn.Module], *, recalibrated: bool, **facts: Any) -> Candidate:
+        """Collective: score the weights that `make` gives and keep both, or read what an earlier attempt kept."""
         found = on_rank_zero(self.world, lambda: self._scored(name))
         if found is not None:
             return found
         if self._asked_to_stop():
             self._stop(None)
-        model, facts = make(), dict[str, Any]()
+        model = make()
         if recalibrated:
             began = time.monotonic()
             num_images = self._recalibration_images()
@@ -210,7 +217,7 @@ class _Run:
             self.world,
             lambda done: self._progress(f"evaluate {name}", min(done, self.loaders.num_val), self.loaders.num_val),
         )
-        facts["evaluation"] = {"seconds": time.monotonic() - began}
+        facts["evaluation"] = {"num_images": self.loaders.num_val, "seconds": time.monotonic() - began}
         candidate = Candidate(name=name, outcomes=outcomes, facts=facts)
         parts = {"model": model.state_dict(), "outcomes": outcomes.tensors()}
         on_rank_zero(self.world, lambda: save_entry(self.store, candidate.entry, parts, facts))
@@ -308,11 +315,14 @@ class _Tallies:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._steps = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self._epoch = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self._began = self._row_began = time.monotonic()
-        self.loss = "loss -"
+        self.loss = "no loss yet"
         """As of the last row, over all workers; for people."""
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        self._steps = torch.zeros(3, dtype=torch.float64, device=self._world.device)
+        self._epoch = torch.zeros_like(self._steps)
+        self._began = self._row_began = time.monotonic()
 
     @property
     def seconds(self) -> float:

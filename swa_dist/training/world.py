@@ -1,5 +1,6 @@
 """The workers of a run, as one of them sees them. The same functions run alone and on many."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,9 +17,16 @@ T = TypeVar("T")
 
 
 class World(Protocol):
-    rank: int
-    size: int
-    device: torch.device
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int:
+        """The number of workers."""
+
+    @property
+    def device(self) -> torch.device:
+        """This worker's."""
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Collective: add up `tensor` over all workers, in place."""
@@ -87,11 +95,14 @@ class TorchWorld:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         # Buffers are not broadcast: BatchNorm's are each worker's part of a sum (batchnorm.py).
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-        )
+        # The argument's successor, of which torch 2.15 warns, is not in the older versions that are supported.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            return DistributedDataParallel(
+                model,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+            )
 
 
 def join_from_environment(device: torch.device, timeout_seconds: int) -> TorchWorld:

@@ -1,0 +1,95 @@
+"""Start a recipe where it is: under torchrun, in this process, or on Ray Train workers."""
+
+import contextlib
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+
+from swa_dist.config import Recipe
+from swa_dist.errors import ConfigError
+from swa_dist.service import run
+from swa_dist.service.progress import Display
+from swa_dist.service.run import Finished, Job
+from swa_dist.training.world import SoloWorld, World, join_from_environment, on_rank_zero
+
+
+def finetune(recipe: Recipe, display: Display, *, again: bool = False) -> Finished:
+    """Run the recipe to its end, or find the finished run with the same key."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        device = _device(int(os.environ["LOCAL_RANK"]))
+        world = join_from_environment(device, recipe.cluster.collective_timeout_seconds)
+        return _in_this_process(recipe, display, world, again)
+    if recipe.cluster.launcher == "process":
+        if recipe.cluster.num_workers != 1:
+            raise ConfigError(
+                f"`cluster.num_workers` must be 1 where `cluster.launcher` is process, but is"
+                f" {recipe.cluster.num_workers}. Use torchrun or `cluster.launcher=ray` for more."
+            )
+        return _in_this_process(recipe, display, SoloWorld(_device(0)), again)
+    job = run.prepare(recipe, display, again=again)
+    if not isinstance(job, Job):
+        return job
+    with _environment(_private_ray() if recipe.cluster.address == "local" else {}):
+        from swa_dist.service import ray_train  # reads the environment; and a finished run need not wait for it
+
+        try:
+            ray_train.fit(job, display)
+        except BaseException:
+            run.note_failure(job)
+            raise
+    return run.conclude(job, display)
+
+
+def _private_ray() -> dict[str, str]:
+    """Settings of a Ray of our own: a token keeps others of this machine out, and ~/.ray is left alone."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+    }
+
+
+@contextlib.contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """Within the block the environment has these settings too."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _in_this_process(recipe: Recipe, display: Display, world: World, again: bool) -> Finished:
+    """Collective under torchrun, where this process is one worker of several."""
+    job = on_rank_zero(world, lambda: run.prepare(recipe, display, again=again))
+    if not isinstance(job, Job):
+        return job
+    try:
+        run.work(job, world, display, _asked_to_end())
+    except BaseException:
+        if world.rank == 0:
+            run.note_failure(job)
+        raise
+    return on_rank_zero(world, lambda: run.conclude(job, display))
+
+
+def _device(index: int) -> torch.device:
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _asked_to_end() -> Callable[[], bool]:
+    """Whether this process was sent SIGTERM. The run then stops after a step, with its state saved."""
+    asked = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    return asked.is_set

@@ -1,0 +1,60 @@
+"""The first run of a newcomer: real digits, a network trained from nothing, then the service's main job on it."""
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from swa_dist import models
+from swa_dist.config import Recipe
+from swa_dist.data import digits, index
+from swa_dist.data.dali import DaliLoaders
+from swa_dist.method.averaging import WeightAverage
+from swa_dist.method.schedule import Cyclical
+from swa_dist.service import launch
+from swa_dist.service.progress import Display
+from swa_dist.service.run import Finished
+from swa_dist.storage import write_atomic, writing
+from swa_dist.training import loop
+from swa_dist.training.batchnorm import RunningStatistics
+from swa_dist.training.state import TrainState
+from swa_dist.training.world import SoloWorld
+
+_START_EPOCHS = 15
+_START_MAX_LR = 0.05
+_START_MIN_LR = 0.01
+
+
+def quickstart(recipe: Recipe, display: Display, *, again: bool = False) -> Finished:
+    """Write the images, train the starting weights by plain SGD, and run the recipe on both."""
+    data = Path(recipe.data.train).parent
+    with writing(data):
+        data.parent.mkdir(parents=True, exist_ok=True)
+    digits.write(data)
+    start = Path(recipe.model.weights)
+    if not start.is_file():
+        display.say(f"training a {recipe.model.arch} from nothing by plain SGD, to have somewhere to start: {start}")
+        train_start(recipe, digits_loaders(recipe), start, display)
+    return launch.finetune(recipe, display, again=again)
+
+
+def digits_loaders(recipe: Recipe) -> DaliLoaders:
+    """The recipe's images for this process alone."""
+    train = index.scan(Path(recipe.data.train), "train")
+    val = index.scan(Path(recipe.data.val), "val")
+    return DaliLoaders(train, val, recipe.data, recipe.seed, 0, 1, torch.device("cpu"), torch.get_num_threads())
+
+
+def train_start(recipe: Recipe, loaders: DaliLoaders, path: Path, display: Display) -> None:
+    """Train from random weights for 15 epochs, the learning rate falling linearly from 0.05 to 0.01; save at `path`."""
+    world = SoloWorld()
+    model = models.build(recipe.model, recipe.seed)
+    optimizer = loop.sgd(model, models.head_names(model), recipe)
+    state = TrainState(model=model, optimizer=optimizer, average=WeightAverage())
+    images = _START_EPOCHS * loaders.num_train
+    schedule = Cyclical(_START_MAX_LR, _START_MIN_LR, cycle_images=images)
+    running = RunningStatistics(model, world)
+    for epoch in range(_START_EPOCHS):
+        for info in loop.steps(state, model, running, loaders.train(epoch, 0), schedule, recipe, world):
+            display.progress("start", info.stop, images, f"epoch {epoch + 1}/{_START_EPOCHS}")
+    write_atomic(path, safetensors.torch.save(model.state_dict()))

@@ -1,0 +1,192 @@
+"""A run on Ray Train workers. The only importer of ray.train.
+
+Ray reads its token settings when it is imported, so launch.py has them in the environment before it imports this.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from swa_dist import config
+from swa_dist.config import Cluster
+from swa_dist.errors import ConfigError, ServiceError, SwaDistError
+from swa_dist.service.progress import Display
+from swa_dist.service.run import Job, work
+from swa_dist.training.world import TorchWorld
+
+_POLL_SECONDS = 0.5
+_OBJECT_STORE_BYTES = 100 * 2**20  # nothing large goes through Ray
+
+
+def fit(job: Job, display: Display) -> None:
+    """Run the job's workers to their end. Raises what a worker raised, or ServiceError where Ray itself failed."""
+    cluster = config.from_tree(job.recipe).cluster
+    with _connected(cluster), tempfile.TemporaryDirectory(prefix="swa-ray-") as scratch:
+        gpus = _gpus_per_worker(cluster)
+        _check_capacity(cluster, gpus)
+        board = _Board.remote()  # type: ignore[attr-defined]
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": asdict(job), "board": board},
+            torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
+            scaling_config=ScalingConfig(
+                num_workers=cluster.num_workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+            ),
+            run_config=RunConfig(
+                name=job.name,
+                storage_path=scratch if cluster.address == "local" else str(job.folder / "ray"),
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+        with _shown(board, display):
+            try:
+                trainer.fit()
+            except ray.train.TrainingFailedError as error:
+                raise _cause(error) from error
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """One worker's life."""
+    device = ray.train.torch.get_device()
+    board = _BoardDisplay(settings["board"])
+    work(Job(**settings["job"]), TorchWorld(device), board, should_stop=lambda: False)
+    ray.train.report({"finished": 1})
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where rank 0 pins what the driver's display is to show: the two need share nothing but Ray."""
+
+    def __init__(self) -> None:
+        self._items: list[tuple[str, tuple[Any, ...]]] = []
+
+    def pin(self, kind: str, arguments: tuple[Any, ...]) -> None:
+        self._items.append((kind, arguments))
+
+    def take(self) -> list[tuple[str, tuple[Any, ...]]]:
+        items, self._items = self._items, []
+        return items
+
+
+class _BoardDisplay:
+    """A worker's display: sends on what matters, twice a second at most."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._phase = ""
+        self._next = 0.0
+
+    def say(self, line: str) -> None:
+        self._board.pin.remote("say", (line,))
+
+    def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if phase != self._phase or done >= total or now >= self._next:
+            self._phase, self._next = phase, now + _POLL_SECONDS
+            self._board.pin.remote("progress", (phase, done, total, note))
+
+    def close(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _shown(board: Any, display: Display) -> Iterator[None]:
+    """Within the block what is pinned on the board is shown."""
+    ended = threading.Event()
+
+    def show() -> None:
+        while True:
+            last = ended.wait(_POLL_SECONDS)
+            with contextlib.suppress(ray.exceptions.RayError):
+                for kind, arguments in ray.get(board.take.remote(), timeout=10):
+                    getattr(display, kind)(*arguments)
+            if last:
+                return
+
+    thread = threading.Thread(target=show, name="display", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=20)
+
+
+@contextlib.contextmanager
+def _connected(cluster: Cluster) -> Iterator[None]:
+    """Within the block this process is a driver of Ray; a Ray that was started for it is gone afterwards."""
+    if cluster.address != "local":
+        ray.init(address=cluster.address, log_to_driver=True)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    cores = len(os.sched_getaffinity(0))
+    if cluster.num_workers * cluster.cpus_per_worker > cores:
+        raise ConfigError(
+            f"`cluster.num_workers` must be at most {int(cores / cluster.cpus_per_worker)} on this machine of {cores}"
+            f" cores at {cluster.cpus_per_worker:g} per worker, but is {cluster.num_workers}. Lower it, or"
+            " `cluster.cpus_per_worker`; the result is the same."
+        )
+    scratch = tempfile.mkdtemp(prefix="swa-ray-")  # not under the run's folder: a socket's path must be short
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cores,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=scratch,
+        )
+        yield
+    except ray.exceptions.RaySystemError as error:
+        raise ServiceError(f"Ray must run on this machine, but does not: {error}.") from error
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _gpus_per_worker(cluster: Cluster) -> int:
+    if cluster.gpus_per_worker == "auto":
+        return 1 if ray.cluster_resources().get("GPU", 0) else 0
+    return cluster.gpus_per_worker
+
+
+def _check_capacity(cluster: Cluster, gpus: int) -> None:
+    have = ray.cluster_resources()
+    for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", gpus)):
+        if each and cluster.num_workers * each > have.get(resource, 0):
+            raise ConfigError(
+                f"`cluster.num_workers` must be at most {int(have.get(resource, 0) / each)} where there are"
+                f" {have.get(resource, 0):g} {resource}s at {each:g} per worker, but is {cluster.num_workers}."
+                " Lower it; the result is the same."
+            )
+
+
+def _cause(error: BaseException) -> Exception:
+    """The error of ours that is behind one of Ray's, or one that says what Ray said."""
+    failures = getattr(error, "worker_failures", None) or {}
+    pending: list[BaseException | None] = [failures[rank] for rank in sorted(failures)]
+    pending.append(error)
+    while pending:
+        one = pending.pop(0)
+        if isinstance(one, SwaDistError):
+            return one
+        if one is not None:
+            pending += [getattr(one, "cause", None), one.__cause__]
+    return ServiceError(f"the Ray workers must finish, but failed: {error}")
