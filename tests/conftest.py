@@ -1,0 +1,39 @@
+"""What all tests share: an environment that leaves the machine alone, real images, weights fitted to them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import support
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A home of our own, no telemetry, no service that this machine happens to name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.setenv("HYPOTHESIS_STORAGE_DIRECTORY", str(tmp_path_factory.mktemp("hypothesis")))
+        for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "XDG_CACHE_HOME", "TORCHELASTIC_RUN_ID"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the real digits: train (400 images) and val (1,397)."""
+    from swa_dist.data import digits as source
+
+    root = tmp_path_factory.mktemp("digits") / "data"
+    source.write(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def start_weights(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-18 fitted to the digits, as the quickstart fits it."""
+    path = tmp_path_factory.mktemp("start") / "start.safetensors"
+    support.run_workers(support.fit_start, 1, str(digits), str(path))
+    return path

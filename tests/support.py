@@ -1,0 +1,142 @@
+"""Real worker processes for tests, and the runs that several tests are about."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from swa_dist import config
+from swa_dist.config import Recipe
+from swa_dist.training.finetune import Tracker
+from swa_dist.training.state import Row
+from swa_dist.training.world import SoloWorld, TorchWorld, World
+
+JOBS = Path(__file__).parent.parent / "jobs"
+TIMEOUT_SECONDS = 60
+
+# Workers are forked from a server that has imported torch and run nothing: they start in a moment, and none is the
+# child of a process in which a DALI pipeline ran, which would hang.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.preloaded"])
+
+
+class WorkerError(Exception):
+    """A worker raised; its traceback is the message."""
+
+
+def start_workers(work: Callable[..., Any], size: int, *args: Any) -> "Workers":
+    """Start `work(world, *args)` in `size` processes that form a gloo group. `work` must be importable by name."""
+    rendezvous = Path(tempfile.mkdtemp(prefix="swa-test-")) / "rendezvous"
+    pipes = [_context.Pipe(duplex=False) for _ in range(size)]
+    processes = [
+        _context.Process(target=_worker, args=(work, rank, size, str(rendezvous), pipes[rank][1], args), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for _, sender in pipes:
+        sender.close()
+    return Workers(processes, [receiver for receiver, _ in pipes])
+
+
+def run_workers(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+    """What `work(world, *args)` returned in each of `size` processes, by rank. Raises WorkerError."""
+    return start_workers(work, size, *args).results()
+
+
+class Workers:
+    """Running workers."""
+
+    def __init__(self, processes: Sequence[Any], receivers: Sequence[Connection]) -> None:
+        self.processes = processes
+        self._receivers = receivers
+
+    def results(self, timeout_seconds: float = 180) -> list[Any]:
+        found = []
+        try:
+            for rank, receiver in enumerate(self._receivers):
+                if not receiver.poll(timeout_seconds):
+                    raise WorkerError(f"rank {rank} did not answer in {timeout_seconds} s")
+                try:
+                    ok, value = receiver.recv()
+                except EOFError:
+                    raise WorkerError(f"rank {rank} died") from None
+                if not ok:
+                    raise WorkerError(f"rank {rank}: {value}")
+                found.append(value)
+        finally:
+            self.kill()
+        return found
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _worker(
+    work: Callable[..., Any], rank: int, size: int, rendezvous: str, sender: Connection, args: Sequence[Any]
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        world: World = SoloWorld()
+        if size > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{rendezvous}",
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=TIMEOUT_SECONDS),
+            )
+            world = TorchWorld(torch.device("cpu"))
+        sender.send((True, work(world, *args)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    finally:
+        sender.close()
+        os._exit(0)  # not through atexit: what gloo or DALI do there can hang when a peer was killed
+
+
+def digits_recipe(digits: str | Path, weights: str | Path, **fields: Any) -> Recipe:
+    """The digits recipe on these images and weights, for one process."""
+    located = {
+        "data.train": str(Path(digits) / "train"),
+        "data.val": str(Path(digits) / "val"),
+        "model.weights": str(weights),
+        "cluster.launcher": "process",
+        "cluster.num_workers": 1,
+    }
+    return config.replace(config.load(JOBS / "digits.yaml"), **(located | fields))
+
+
+def fit_start(world: World, digits: str, path: str) -> None:
+    from swa_dist.service import quickstart
+    from swa_dist.service.progress import Lines
+
+    recipe = digits_recipe(digits, path)
+    quickstart.train_start(recipe, quickstart.digits_loaders(recipe), Path(path), Lines())
+
+
+class Recorder(Tracker):
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.warnings: list[str] = []
+
+    def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
+        pass
+
+    def publish(self, rows: Sequence[Row]) -> None:
+        self.rows = list(rows)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
