@@ -21,6 +21,8 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Data sets.")
 app.add_typer(data_app, name="data")
 
+_LOG_WIDTH = 120
+
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of one that is shipped.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace a setting of the recipe. Repeatable.")
@@ -136,7 +138,9 @@ def _run(service: Any, recipe: str, overrides: list[str] | None) -> None:
     finally:
         shown.close()
     if int(os.environ.get("RANK", "0")) == 0:
-        report.show(finished.summary, Console(), already=finished.already)
+        terminal = Console()
+        console = terminal if terminal.is_terminal else Console(width=_LOG_WIDTH)
+        report.show(finished.summary, console, already=finished.already)
 
 
 def _find(recipe: str) -> Path:

@@ -33,7 +33,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start_weights(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ResNet-18 fitted to the digits, as the quickstart fits it."""
+    """A ResNet-18 fitted to the digits."""
     path = tmp_path_factory.mktemp("start") / "start.safetensors"
     support.run_workers(support.fit_start, 1, str(digits), str(path))
     return path

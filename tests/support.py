@@ -1,8 +1,12 @@
 """Real worker processes for tests, and the runs that several tests are about."""
 
+import contextlib
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -122,7 +126,7 @@ def fit_start(world: World, digits: str, path: str) -> None:
     from swa_dist.service.progress import Lines
 
     recipe = digits_recipe(digits, path)
-    quickstart.train_start(recipe, quickstart.digits_loaders(recipe), Path(path), Lines())
+    quickstart.train_start(recipe, quickstart.digits_loaders(recipe), Path(path), Lines(), epochs=6)
 
 
 class Recorder(Tracker):
@@ -140,3 +144,27 @@ class Recorder(Tracker):
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
+
+
+def command(*arguments: str) -> list[str]:
+    """`swa-dist` of this environment."""
+    return [sys.executable, "-m", "swa_dist", *arguments]
+
+
+def swa_dist(*arguments: str, cwd: Path, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run `swa-dist` to its end."""
+    return subprocess.run(
+        command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=timeout_seconds, check=False
+    )
+
+
+def left_behind(variable: str, value: str) -> list[str]:
+    """The command lines of the processes that have `variable=value` in their environment, after a moment to end."""
+    time.sleep(2)
+    mark = f"{variable}={value}".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found

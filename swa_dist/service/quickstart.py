@@ -45,16 +45,18 @@ def digits_loaders(recipe: Recipe) -> DaliLoaders:
     return DaliLoaders(train, val, recipe.data, recipe.seed, 0, 1, torch.device("cpu"), torch.get_num_threads())
 
 
-def train_start(recipe: Recipe, loaders: DaliLoaders, path: Path, display: Display) -> None:
-    """Train from random weights for 15 epochs, the learning rate falling linearly from 0.05 to 0.01; save at `path`."""
+def train_start(
+    recipe: Recipe, loaders: DaliLoaders, path: Path, display: Display, epochs: int = _START_EPOCHS
+) -> None:
+    """Train from random weights, the learning rate falling linearly from 0.05 to 0.01, and save them at `path`."""
     world = SoloWorld()
     model = models.build(recipe.model, recipe.seed)
     optimizer = loop.sgd(model, models.head_names(model), recipe)
     state = TrainState(model=model, optimizer=optimizer, average=WeightAverage())
-    images = _START_EPOCHS * loaders.num_train
+    images = epochs * loaders.num_train
     schedule = Cyclical(_START_MAX_LR, _START_MIN_LR, cycle_images=images)
     running = RunningStatistics(model, world)
-    for epoch in range(_START_EPOCHS):
+    for epoch in range(epochs):
         for info in loop.steps(state, model, running, loaders.train(epoch, 0), schedule, recipe, world):
-            display.progress("start", info.stop, images, f"epoch {epoch + 1}/{_START_EPOCHS}")
+            display.progress("start", info.stop, images, f"epoch {epoch + 1}/{epochs}")
     write_atomic(path, safetensors.torch.save(model.state_dict()))

@@ -165,6 +165,8 @@ class _Run:
         while state.position < end:
             self._epoch(state, network, running, tallies, end)
             self._commit(state)
+            if state.position < end and self._asked_to_stop():
+                self._stop(state.position)
 
     def _epoch(
         self, state: TrainState, network: nn.Module, running: RunningStatistics, tallies: "_Tallies", end: int

@@ -1,0 +1,155 @@
+"""The same recipe without Ray: under torchrun and in one process, stopped, and with MLflow away."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from tests.support import command, swa_dist
+
+
+def settings(digits: Path, weights: Path, **fields: Any) -> list[str]:
+    """The digits recipe on these images, one epoch in one process unless told otherwise."""
+    values = {
+        "data.train": digits / "train",
+        "data.val": digits / "val",
+        "model.weights": weights,
+        "optim.epochs": 1,
+        "cluster.launcher": "process",
+        "cluster.num_workers": 1,
+    } | fields
+    return ["finetune", "digits", *(text for name, value in values.items() for text in ("--set", f"{name}={value}"))]
+
+
+def summary_in(folder: Path) -> dict[str, Any]:
+    (path,) = folder.glob("runs/swa-*/summary.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_torchrun_and_one_process_give_the_same(digits: Path, start_weights: Path, tmp_path: Path) -> None:
+    alone, many = tmp_path / "alone", tmp_path / "many"
+    for folder in (alone, many):
+        folder.mkdir()
+    # At a fine-tuning rate rounding stays rounding.
+    low = {"schedule.max_lr": 1e-3, "schedule.min_lr": 1e-4}
+    result = swa_dist(*settings(digits, start_weights, **low), cwd=alone)
+    assert result.returncode == 0, result.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [*torchrun, "-m", "swa_dist", *settings(digits, start_weights, **low)]
+    result = subprocess.run(arguments, cwd=many, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("verdict:") == 1
+    first, second = summary_in(alone), summary_in(many)
+    assert first["run_key"] == second["run_key"]
+    for name, metrics in first["candidates"].items():
+        assert second["candidates"][name]["nll"] == pytest.approx(metrics["nll"], rel=1e-3)
+
+
+def test_sigterm_saves_the_state_and_the_same_command_resumes(
+    digits: Path, start_weights: Path, tmp_path: Path
+) -> None:
+    # Two hundred epochs: it can't be over before the signal comes.
+    arguments = settings(digits, start_weights, **{"optim.epochs": 200})
+    process = subprocess.Popen(
+        command(*arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("runs/swa-*/checkpoints/0*")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, errors
+    assert "asked to stop" in errors
+    assert "Traceback" not in errors
+    newest = max(tmp_path.glob("runs/swa-*/checkpoints/0*"))
+    position = json.loads((newest / "facts.json").read_text())["position"]
+    assert f"image {position} " in errors
+    (attempt,) = tmp_path.glob("runs/swa-*/attempt.json")
+    assert json.loads(attempt.read_text())["attempt"] == 1
+    (newest.parent.parent / "stop").touch()  # a request of before the start must not stop it: the start clears it
+    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        while max(tmp_path.glob("runs/swa-*/checkpoints/0*")) == newest:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        (newest.parent.parent / "stop").touch()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, errors
+    assert json.loads(attempt.read_text()) == {"attempt": 2, "first_attempt": 1}
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        number: int = held.getsockname()[1]
+        return number
+
+
+def test_mlflow_away_the_run_goes_on_and_replay_delivers(
+    digits: Path, start_weights: Path, tmp_path: Path, port: int
+) -> None:
+    uri = f"http://127.0.0.1:{port}"
+    result = swa_dist(*settings(digits, start_weights, **{"tracking.uri": uri}), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (folder,) = tmp_path.glob("runs/swa-*")
+    assert f"swa-dist replay {folder}" in result.stdout
+    assert summary_in(tmp_path)["registered"] is None
+    refused = swa_dist("replay", str(folder), cwd=tmp_path)
+    assert refused.returncode == 69
+    assert uri in refused.stderr
+    assert "Traceback" not in refused.stderr
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"),
+            *("--artifacts-destination", str(tmp_path / "artifacts")),
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _wait_for(port, server)
+        for _ in range(2):  # the second has nothing left to do
+            delivered = swa_dist("replay", str(folder), cwd=tmp_path)
+            assert delivered.returncode == 0, delivered.stderr
+        client = mlflow.MlflowClient(uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("swa_dist").experiment_id])
+        assert run.info.status == "FINISHED"
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "epoch/loss")] == [400]
+        assert client.get_model_version_by_alias("digits-resnet", "champion").version == "1"
+        assert summary_in(tmp_path)["registered"]["champion"]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        else:
+            return
