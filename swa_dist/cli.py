@@ -72,7 +72,7 @@ def schema() -> None:
 @app.command()
 def replay(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
     """Send MLflow what a run could not send, and register what it could not register."""
-    from swa_dist.service import run as service
+    from swa_dist.service import result as service
     from swa_dist.service.progress import display
 
     shown = display()

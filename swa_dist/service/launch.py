@@ -11,7 +11,7 @@ import torch
 
 from swa_dist.config import Recipe
 from swa_dist.errors import ConfigError
-from swa_dist.service import run
+from swa_dist.service import result, run
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Finished, Job
 from swa_dist.training.world import SoloWorld, World, join_from_environment, on_rank_zero
@@ -41,7 +41,7 @@ def finetune(recipe: Recipe, display: Display, *, again: bool = False) -> Finish
         except BaseException:
             run.note_failure(job)
             raise
-    return run.conclude(job, display)
+    return result.conclude(job, display)
 
 
 def _private_ray() -> dict[str, str]:
@@ -80,7 +80,7 @@ def _in_this_process(recipe: Recipe, display: Display, world: World, again: bool
         if world.rank == 0:
             run.note_failure(job)
         raise
-    return on_rank_zero(world, lambda: run.conclude(job, display))
+    return on_rank_zero(world, lambda: result.conclude(job, display))
 
 
 def _device(index: int) -> torch.device:

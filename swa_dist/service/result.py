@@ -1,0 +1,153 @@
+"""What a run came to: the evidence, the registered model, `summary.json`, and what MLflow has yet to be told."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from swa_dist import config
+from swa_dist.config import Recipe
+from swa_dist.errors import ServiceError
+from swa_dist.evidence import verdict as evidence
+from swa_dist.service import registry, tracking
+from swa_dist.service.progress import Display
+from swa_dist.service.run import SUMMARY, Finished, Job
+from swa_dist.service.tracking import Spool
+from swa_dist.storage import Store, read_json, write_atomic
+from swa_dist.training.evaluate import Outcomes
+from swa_dist.training.finetune import CANDIDATES
+from swa_dist.training.state import load_entry
+
+_CANDIDATES = ("start", "last", "last_fresh", "swa")
+
+
+def conclude(job: Job, display: Display) -> Finished:
+    """Weigh the scored candidates, register the one that the recipe names, and leave `summary.json`."""
+    recipe = config.from_tree(job.recipe)
+    store, spool = Store(job.folder), Spool(job.folder)
+    entries = {name: load_entry(store, f"{CANDIDATES}/{name}") for name in _CANDIDATES}
+    outcomes = {name: Outcomes.of(parts["outcomes"]) for name, (parts, _) in entries.items()}
+    facts = {name: found for name, (_, found) in entries.items()}
+    control = evidence.control_of(outcomes)
+    candidate = recipe.evaluate.candidate if recipe.evaluate.candidate == "swa" else control
+    pairs = [
+        evidence.compare(name, outcomes[name], against, outcomes[against])
+        for name, against in dict.fromkeys([(candidate, "start"), (candidate, control), (control, "start")])
+        if name != against
+    ]
+    paired = {(p.candidate, p.against): p for p in pairs}
+    found = evidence.verdict(paired[candidate, "start"], paired.get((candidate, control)))
+    metrics = {name: o.metrics() for name, o in outcomes.items()}
+    summary = {
+        "schema": 1,
+        "name": recipe.name,
+        "status": "finished",
+        "fingerprint": job.fingerprint,
+        "run_key": job.run_key,
+        "attempt": job.attempt,
+        "run_dir": job.run_dir,
+        "arch": recipe.model.arch,
+        "epochs": recipe.optim.epochs,
+        "weights": {"source": job.weights, "sha256": job.weights_sha256},
+        "data": {"name": recipe.data.name, "digest": job.data_digest, "val_images": len(outcomes["start"].ids)},
+        "phases": _phases(facts),
+        "candidates": metrics,
+        "control": control,
+        "average": facts["swa"]["average"],
+        "recalibration": facts["swa"]["recalibration"],
+        "bitwise": len(set(facts["last"]["training"]["world_sizes"])) == 1,
+        "paired": [asdict(p) for p in pairs],
+        "verdict": asdict(found),
+        "candidate": candidate,
+        "mlflow": asdict(spool.target),
+    }
+    _spool_result(job, recipe, spool, summary)
+    return Finished(deliver(job.folder, summary, display), already=False)
+
+
+def deliver(folder: Path, summary: dict[str, Any], display: Display) -> dict[str, Any]:
+    """Send what the spool holds, register, and write the summary with what came of it. MLflow down is no error here."""
+    tracking.configure_client()
+    spool = Spool(folder)
+    try:
+        summary["mlflow"]["run_id"] = tracking.send(spool, {"model": registry.register})
+    except ServiceError as error:
+        waiting = spool.waiting()
+        display.say(f"warning: {error}")
+        display.say(f"  {len(waiting)} events wait to be sent. When it answers: swa-dist replay {folder}")
+    summary["registered"] = read_json(folder / registry.REGISTERED)
+    summary["waiting"] = len(spool.waiting())
+    write_atomic(folder / SUMMARY, json.dumps(summary, indent=1))
+    if summary["registered"] is not None:
+        _send_summary(folder, spool, display)
+    return summary
+
+
+def replay(folder: Path, display: Display) -> dict[str, Any]:
+    """Send what waits in a run's spool. Raises ServiceError where MLflow still doesn't answer."""
+    spool = Spool(folder)
+    tracking.configure_client()
+    summary = read_json(folder / SUMMARY)
+    if summary is None:
+        tracking.send(spool, {"model": registry.register})
+        return {"waiting": 0}
+    delivered = deliver(folder, summary, display)
+    if delivered["waiting"]:
+        raise ServiceError(
+            f"MLflow at {spool.target.uri} must answer, but does not; {delivered['waiting']} events wait."
+        )
+    return delivered
+
+
+def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any]) -> None:
+    if any(event["kind"] == "model" for event in spool.read()):
+        return  # an attempt before this one got so far
+    now = time.time_ns() // 1_000_000
+    metrics = {f"val/{name}/{metric}": v for name, row in summary["candidates"].items() for metric, v in row.items()}
+    position = summary["phases"]["train"]["images"]
+    row = {"kind": "row", "position": position, "epoch": float(recipe.optim.epochs), "time_ms": now, "metrics": metrics}
+    verdict = summary["verdict"]["sentence"]
+    spool.append(
+        row,
+        {"kind": "tags", "tags": {"swa.verdict": verdict, "swa.control": summary["control"]}},
+        {
+            "kind": "model",
+            "run_dir": job.run_dir,
+            "recipe": job.recipe,
+            "uri": spool.target.uri,
+            "entry": f"{CANDIDATES}/{summary['candidate']}",
+            "tags": {
+                "run_key": job.run_key,
+                "attempt": job.attempt,
+                "verdict": verdict,
+                "data_digest": job.data_digest,
+                "top1": summary["candidates"][summary["candidate"]]["top1"],
+            },
+        },
+        {"kind": "status", "status": "FINISHED", "time_ms": now},
+    )
+
+
+def _send_summary(folder: Path, spool: Spool, display: Display) -> None:
+    spool.append({"kind": "artifact", "path": str(folder / SUMMARY)})
+    try:
+        tracking.send(spool, {"model": registry.register})
+    except ServiceError as error:
+        display.say(f"warning: {error} The summary waits to be sent: swa-dist replay {folder}")
+
+
+def _phases(facts: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Seconds and images per second by phase, over all attempts."""
+    training = facts["last"]["training"]
+    recalibration = facts["swa"]["recalibration"]
+    evaluation = facts["swa"]["evaluation"]
+    timed = {
+        "train": (training["images"], training["seconds"]),
+        "recalibrate": (recalibration["num_images"], recalibration["seconds"]),
+        "evaluate": (evaluation["num_images"], evaluation["seconds"]),
+    }
+    return {
+        phase: {"images": images, "seconds": seconds, "images_per_second": images / seconds}
+        for phase, (images, seconds) in timed.items()
+    }
