@@ -35,7 +35,7 @@ Rate = Annotated[float, Field(gt=0, le=10)]
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
 class Model:
-    arch: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    arch: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
     """A torchvision classifier: resnet50, resnet152, densenet161, ..."""
     weights: str
     """Where the run starts: a torchvision weights name (IMAGENET1K_V1), a path or an https:// address of a state_dict
@@ -227,7 +227,7 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise ConfigError(f"`RECIPE` must be a YAML file, but {path} does not exist.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"`RECIPE` must be a readable YAML file, but {path} is not: {error}.") from None
-    except YAMLError as error:
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} must be YAML, but is not: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a tree of settings, but holds {type(tree).__name__}.")
@@ -242,8 +242,8 @@ def from_tree(tree: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
         recipe = _ADAPTER.validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         problems = _explain_all(error)
-    except RecursionError:
-        problems = ["nested too deeply"]
+    except (ValueError, TypeError, RecursionError) as error:
+        problems = [f"it must be a plain tree of settings, but is not: {error}"]
     else:
         problems = list(_contradictions(recipe))
         if not problems:
@@ -321,12 +321,12 @@ def _contradictions(r: Recipe) -> Iterable[str]:
             f" {r.data.group_images}. Make it smaller."
         )
     elif workers > groups:
-        fit = max(2, r.data.global_batch // workers)
+        smaller = r.data.global_batch // workers
+        remedy = f"`data.group_images` to {smaller} or less, or " if smaller >= 2 else ""
         yield (
             f"`cluster.num_workers` must be at most the groups in a global batch ({groups} ="
-            f" {r.data.global_batch} images / {r.data.group_images}), but is {workers}. Set `data.group_images` to"
-            f" {fit} or less, or `data.global_batch` to {workers * r.data.group_images} or more; either is another"
-            " result and another key."
+            f" {r.data.global_batch} images / {r.data.group_images}), but is {workers}. Set {remedy}"
+            f"`data.global_batch` to {workers * r.data.group_images} or more: another result and another key."
         )
     if r.data.resize_size < r.data.image_size:
         yield (
@@ -419,6 +419,8 @@ def _explain(error: Mapping[str, Any]) -> tuple[str, str]:
     if kind == "union_tag_invalid":
         name, given = name + ".name", error["ctx"]["tag"]
         return name, f"`{name}` must be one of {error['ctx']['expected_tags']}, but is {given!r}."
+    if kind == "string_pattern_mismatch":
+        return name, f"`{name}` must be like {error['ctx']['pattern']}, but is {error['input']!r}."
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return name, f"`{name}` must be {message}, but is {error['input']!r}."
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torchvision.models
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from swa_dist.config import Model
@@ -56,11 +55,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} must hold tensors only, but is a pickle that would run code or is damaged."
             " Save `model.state_dict()` alone, best as .safetensors."
         ) from None
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file fails in whichever way its damage has it
         raise CheckpointError(f"{path} must be a weights file, but can't be read: {error}.") from None
     if isinstance(tensors, Mapping) and isinstance(tensors.get("state_dict"), Mapping):
         tensors = tensors["state_dict"]
-    if not isinstance(tensors, Mapping) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if (
+        not isinstance(tensors, Mapping)
+        or not tensors
+        or not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items())
+    ):
         raise CheckpointError(
             f"{path} must be a state_dict, but holds something else. Save `model.state_dict()` alone."
         )
@@ -88,7 +91,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], model: Model
         )
     for name, tensor in given.items():
         if tensor.shape != expected[name].shape:
-            if name in head:
+            if name in head and tensor.ndim:
                 raise CheckpointError(
                     f"`model.weights` must be for {model.num_classes} classes, but {model.weights} is for"
                     f" {tensor.shape[0]}. Set `model.head=replace` for a new head, or `model.num_classes`."

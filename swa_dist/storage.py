@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,15 +27,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` so that a reader, or a crash, meets the old file or the new one and nothing between."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, staged = tempfile.mkstemp(dir=path.parent, prefix=_STAGING)
+        staged = path.parent / f"{_STAGING}{path.name}-{uuid.uuid4().hex}"
         try:
-            with open(handle, "wb") as file:
+            with staged.open("xb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(staged).replace(path)
+            staged.replace(path)
         except BaseException:
-            Path(staged).unlink(missing_ok=True)
+            staged.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
 
@@ -49,7 +48,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise CheckpointError(f"{path} must hold JSON, but does not: {error}. Remove it.") from None
-    assert isinstance(value, dict)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, but holds {type(value).__name__}. Remove it.")
     return value
 
 
@@ -77,10 +77,12 @@ def new_folder(target: Path) -> Iterator[Path]:
         try:
             yield staged
             _sync_folder(staged)
+            old = target.parent / f"{_STAGING}{target.name}-old-{uuid.uuid4().hex}"
             if target.exists():
-                shutil.rmtree(target)
-            staged.replace(target)
+                target.rename(old)
+            staged.rename(target)
             _sync_folder(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
@@ -117,12 +119,15 @@ class Store:
         manifest = read_json(folder / _MANIFEST)
         if manifest is None:
             raise CheckpointError(f"{folder} must be a committed entry, but has no {_MANIFEST}.")
-        for file, facts in manifest["files"].items():
-            path = folder / file
+        try:
+            expected = {folder / file: (facts["bytes"], facts["sha256"]) for file, facts in manifest["files"].items()}
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{folder / _MANIFEST} must list files, but does not: it is damaged.") from None
+        for path, (size, digest) in expected.items():
             if not path.is_file():
                 raise CheckpointError(f"{path} must be there, but is not.")
-            if path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
-                raise CheckpointError(f"{path} must have SHA-256 {facts['sha256']}, but has not: it is damaged.")
+            if path.stat().st_size != size or sha256_file(path) != digest:
+                raise CheckpointError(f"{path} must have SHA-256 {digest}, but has not: it is damaged.")
         return folder
 
     def names(self, kind: str) -> list[str]:

@@ -20,7 +20,7 @@ _WHITE = 16  # the scans' brightest value
 
 def write(root: Path) -> None:
     """Write the folders `train` (400 images) and `val` (1,397) under `root`, unless it is there. The split is fixed."""
-    if root.is_dir():
+    if (root / "train").is_dir():
         return
     digits = load_digits()
     order = np.random.Philox(key=_SPLIT_SEED).random_raw(len(digits.target)).argsort(kind="stable")

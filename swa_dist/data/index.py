@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -17,12 +18,14 @@ from PIL import Image, UnidentifiedImageError
 
 from swa_dist.data.order import Ints
 from swa_dist.errors import DataError
+from swa_dist.storage import write_atomic
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
 _MAX_PIXELS = 50_000_000  # above it a file is taken for a decompression bomb
 _TAIL_BYTES = 4096
 _TRANSPOSED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap height and width
 _SHOWN = 10
+_ORIENTATION = 0x0112  # of EXIF
 
 Progress = Callable[[int, int], None]
 
@@ -74,7 +77,7 @@ def scan(root: Path, split: str, progress: Progress | None = None) -> Index:
         files += [(path, label) for path in found]
     headers, bad = _read_headers(root, [path for path, _ in files], progress)
     if bad:
-        shown = "".join(f"\n  {root / path}: {why}" for path, why in bad[:_SHOWN])
+        shown = "".join(f"\n  {_printable(root / path)}: {why}" for path, why in bad[:_SHOWN])
         more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise DataError(
             f"every file of `data.{split}` must be a whole image, but {len(bad)} of {len(files)} are not:{shown}{more}"
@@ -98,10 +101,9 @@ def save(index: Index, path: Path) -> None:
     table = pa.table(
         {"path": index.paths, "label": index.labels, "height": index.heights, "width": index.widths}
     ).replace_schema_metadata({"swa_dist": json.dumps({"schema": 1, "classes": index.classes, "digest": index.digest})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".staging")
-    pq.write_table(table, staged)
-    staged.replace(path)
+    written = io.BytesIO()
+    pq.write_table(table, written)
+    write_atomic(path, written.getvalue())
 
 
 def load(path: Path, root: Path) -> Index:
@@ -109,17 +111,17 @@ def load(path: Path, root: Path) -> Index:
     try:
         table = pq.read_table(path)
         facts = json.loads(table.schema.metadata[b"swa_dist"])
-    except (OSError, KeyError, TypeError, pa.ArrowException) as error:
+        return Index(
+            root=root,
+            classes=tuple(facts["classes"]),
+            paths=tuple(table["path"].to_pylist()),
+            labels=table["label"].to_numpy(),
+            heights=table["height"].to_numpy(),
+            widths=table["width"].to_numpy(),
+            digest=facts["digest"],
+        )
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} must be an index of images, but can't be read: {error}. Remove it.") from None
-    return Index(
-        root=root,
-        classes=tuple(facts["classes"]),
-        paths=tuple(table["path"].to_pylist()),
-        labels=table["label"].to_numpy(),
-        heights=table["height"].to_numpy(),
-        widths=table["width"].to_numpy(),
-        digest=facts["digest"],
-    )
 
 
 def check_pair(train: Index, val: Index, num_classes: int) -> None:
@@ -150,6 +152,10 @@ class _Header:
     """Of the file's first and last bytes, which are read anyway."""
 
 
+def _printable(path: Path) -> str:
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _images_under(folder: Path) -> Iterator[str]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".")]
@@ -163,7 +169,12 @@ def _read_headers(
 ) -> tuple[list[_Header], list[tuple[str, str]]]:
     headers: list[_Header] = []
     bad: list[tuple[str, str]] = []
-    with concurrent.futures.ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+    # Around the threads, not in them: the filters are the process's. Sizes are checked here, by a limit of our own.
+    with (
+        warnings.catch_warnings(),
+        concurrent.futures.ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool,
+    ):
+        warnings.simplefilter("ignore")
         results = pool.map(lambda path: _read_header(root / path), paths, chunksize=64)
         for done, (path, header) in enumerate(zip(paths, results, strict=True), start=1):
             if isinstance(header, _Header):
@@ -178,6 +189,10 @@ def _read_headers(
 def _read_header(path: Path) -> _Header | str:
     """What the index needs of a file, or why it is no whole image."""
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    try:
         num_bytes = path.stat().st_size
         if num_bytes == 0:
             return "empty"
@@ -186,17 +201,16 @@ def _read_header(path: Path) -> _Header | str:
             file.seek(max(0, num_bytes - _TAIL_BYTES))
             tail = file.read()
             file.seek(0)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(file, formats=["JPEG", "PNG"])
+            image = Image.open(file, formats=["JPEG", "PNG"])
             width, height = image.size
             if width * height > _MAX_PIXELS:
                 return f"{width} x {height} pixels, more than {_MAX_PIXELS:,}"
-            # The end-of-image marker can't occur in the compressed data, so without one the file was cut short.
+            # The end-of-image marker can't occur in the compressed data, so without one the file was cut short. Pillow
+            # has read up to that data; a thumbnail's marker comes before it.
             end = b"\xff\xd9" if image.format == "JPEG" else b"IEND"
-            if end not in tail:
+            if end not in tail[max(0, file.tell() - (num_bytes - len(tail))) :]:
                 return "cut short"
-            orientation = image.getexif().get(0x0112, 1) if image.format == "JPEG" else 1
+            orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return "not a JPEG or PNG image" if isinstance(error, UnidentifiedImageError) else str(error)
     if orientation in _TRANSPOSED:

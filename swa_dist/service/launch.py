@@ -30,6 +30,7 @@ def finetune(recipe: Recipe, display: Display, *, again: bool = False) -> Finish
                 f" {recipe.cluster.num_workers}. Use torchrun or `cluster.launcher=ray` for more."
             )
         return _in_this_process(recipe, display, SoloWorld(_device(0)), again)
+    _check_cores(recipe)
     job = run.prepare(recipe, display, again=again)
     if not isinstance(job, Job):
         return job
@@ -42,6 +43,17 @@ def finetune(recipe: Recipe, display: Display, *, again: bool = False) -> Finish
             run.note_failure(job)
             raise
     return result.conclude(job, display)
+
+
+def _check_cores(recipe: Recipe) -> None:
+    """A Ray of our own has this machine's cores, and can't get more."""
+    cluster, cores = recipe.cluster, len(os.sched_getaffinity(0))
+    if cluster.address == "local" and cluster.num_workers * cluster.cpus_per_worker > cores:
+        raise ConfigError(
+            f"`cluster.num_workers` must be at most {int(cores / cluster.cpus_per_worker)} on this machine of {cores}"
+            f" cores at {cluster.cpus_per_worker:g} per worker, but is {cluster.num_workers}. Lower it, or"
+            " `cluster.cpus_per_worker`; the result is the same."
+        )
 
 
 def _private_ray() -> dict[str, str]:

@@ -135,18 +135,11 @@ def _connected(cluster: Cluster) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    cores = len(os.sched_getaffinity(0))
-    if cluster.num_workers * cluster.cpus_per_worker > cores:
-        raise ConfigError(
-            f"`cluster.num_workers` must be at most {int(cores / cluster.cpus_per_worker)} on this machine of {cores}"
-            f" cores at {cluster.cpus_per_worker:g} per worker, but is {cluster.num_workers}. Lower it, or"
-            " `cluster.cpus_per_worker`; the result is the same."
-        )
     scratch = tempfile.mkdtemp(prefix="swa-ray-")  # not under the run's folder: a socket's path must be short
     try:
         ray.init(
             address="local",
-            num_cpus=cores,
+            num_cpus=len(os.sched_getaffinity(0)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level="warning",

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlflow
 import mlflow.data
@@ -20,10 +20,11 @@ from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from swa_dist.errors import ServiceError
 from swa_dist.service.progress import Display
-from swa_dist.storage import read_json, write_atomic
+from swa_dist.storage import read_json, write_atomic, writing
 from swa_dist.training.state import Row
 
 Event = dict[str, Any]
@@ -32,6 +33,7 @@ _METRICS_PER_REQUEST = 1000
 _PARAMS_PER_REQUEST = 100
 _DIGEST_CHARACTERS = 36  # the most that MLflow takes
 _RETRY_SECONDS = 15.0
+_TAIL_BYTES = 65_536  # longer than an event
 
 # MLflow's own defaults hold a caller for minutes when its server is gone (7 retries, 120 s each).
 _CLIENT_SETTINGS = {
@@ -73,8 +75,9 @@ class Spool:
         return Target(**facts)
 
     def append(self, *events: Event) -> None:
-        with self.events.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(event) + "\n" for event in events)
+        with writing(self.events), self.events.open("ab+") as file:
+            _cut_half_line(file)
+            file.writelines((json.dumps(event) + "\n").encode() for event in events)
             file.flush()
             os.fsync(file.fileno())
 
@@ -93,6 +96,16 @@ class Spool:
 
     def waiting(self) -> list[Event]:
         return self.read()[self.num_sent :]
+
+
+def _cut_half_line(file: BinaryIO) -> None:
+    """Cut off what a kill left of a last line: the next event must not be glued to it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _TAIL_BYTES))
+    tail = file.read()
+    whole = tail.rfind(b"\n") + 1
+    if whole or size <= _TAIL_BYTES:
+        file.truncate(size - len(tail) + whole)
 
 
 class SpoolTracker:
@@ -154,7 +167,9 @@ Handler = Callable[[mlflow.MlflowClient, str, Event], None]
 
 
 def send(spool: Spool, handlers: dict[str, Handler]) -> str:
-    """Send what waits, in order; `handlers` are for kinds of events beyond those here. Returns the MLflow run's id.
+    """Send what waits, in order, up to an event of a kind that has no handler. Returns the MLflow run's id.
+
+    `handlers`: for kinds of events beyond those here.
 
     Raises ServiceError where MLflow can't be reached or refuses: what was sent until then is not sent again.
     """
@@ -164,6 +179,7 @@ def send(spool: Spool, handlers: dict[str, Handler]) -> str:
         run_id = find_or_create_run(client, target)
         sent = spool.num_sent
         waiting = spool.waiting()
+        handlers = _HANDLERS | handlers
         while waiting:
             kind = waiting[0]["kind"]
             count = 1
@@ -171,13 +187,15 @@ def send(spool: Spool, handlers: dict[str, Handler]) -> str:
                 while count < len(waiting) and waiting[count]["kind"] == "row" and count < _METRICS_PER_REQUEST // 10:
                     count += 1
                 _log_rows(client, run_id, waiting[:count])
+            elif kind in handlers:
+                handlers[kind](client, run_id, waiting[0])
             else:
-                (_HANDLERS | handlers)[kind](client, run_id, waiting[0])
+                break
             sent += count
             spool.mark_sent(sent)
             waiting = waiting[count:]
-    except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0][:300]
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise ServiceError(f"MLflow at {target.uri} must answer, but does not: {reason}.") from error
     return run_id
 

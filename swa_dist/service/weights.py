@@ -1,13 +1,17 @@
 """Starting weights of any kind of address, as a verified file on this machine."""
 
+import hashlib
+import http.client
+import os
 import re
+import shutil
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 from urllib.parse import urlparse
 
 import platformdirs
-import torch
+import rich.progress
 import torchvision.models
 
 from swa_dist.config import Model
@@ -15,6 +19,7 @@ from swa_dist.errors import CheckpointError, ConfigError, ServiceError
 from swa_dist.storage import sha256_file, write_atomic, writing
 
 _NAME = re.compile(r"[A-Z0-9_]+")
+_TIMEOUT_SECONDS = 60
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
 
 
@@ -39,15 +44,26 @@ def fetch(model: Model) -> LocalWeights:
         )
     digest = sha256_file(path)
     expected = {"`model.weights_sha256`": model.weights_sha256} if model.weights_sha256 != "auto" else {}
-    recorded = _record(path)
-    if url and recorded.is_file():
-        expected["the one at first use"] = recorded.read_text(encoding="utf-8").strip()
+    if url:
+        expected |= _known(path)
     for what, value in expected.items():
-        if digest != value:
+        if not digest.startswith(value):
             raise CheckpointError(
                 f"SHA-256 of {path} must be {what}, {value}, but is {digest}. Remove the file to fetch it again."
             )
+    if url:
+        write_atomic(_record(path), f"{digest}\n")
     return LocalWeights(path, digest)
+
+
+def _known(path: Path) -> dict[str, str]:
+    """What a cached file's SHA-256 must be, or begin with: by torchvision's name of it, and by what it was before."""
+    known = {}
+    if _record(path).is_file():
+        known["the one at first use"] = _record(path).read_text(encoding="utf-8").strip()
+    if prefix := _HASH_IN_NAME.search(path.name):
+        known["the one in its name"] = prefix[1]
+    return known
 
 
 def _url(model: Model) -> str | None:
@@ -70,22 +86,32 @@ def _url(model: Model) -> str | None:
 
 def _download(url: str) -> Path:
     name = Path(urlparse(url).path).name
-    path: Path = platformdirs.user_cache_path("swa_dist") / "weights" / name
+    if not name:
+        raise ConfigError(f"`model.weights` must be the address of a file, but is {url}.")
+    cache: Path = platformdirs.user_cache_path("swa_dist") / "weights"
+    # Other people's files of the same name are other files; torchvision's names hold their hash.
+    path = cache / (name if _HASH_IN_NAME.search(name) else f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}")
     if path.is_file():
         return path
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = _HASH_IN_NAME.search(name)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        # Writes aside, checks the start of the SHA-256 that torchvision puts in the name, and renames.
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix[1] if prefix else None)
-    except RuntimeError as error:
-        raise CheckpointError(f"{url} must have the SHA-256 that its name begins, but: {error}.") from None
-    except (URLError, OSError) as error:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer:
+            expected = int(answer.headers.get("Content-Length", 0))
+            with rich.progress.wrap_file(answer, expected, description=name) as shown, staged.open("wb") as file:
+                shutil.copyfileobj(shown, file)
+        if expected and staged.stat().st_size != expected:
+            raise OSError(f"it ended after {staged.stat().st_size:,} of {expected:,} bytes")
+        if (prefix := _HASH_IN_NAME.search(name)) and not sha256_file(staged).startswith(prefix[1]):
+            raise CheckpointError(f"{url} must have the SHA-256 that its name begins, {prefix[1]}, but has another.")
+        staged.replace(path)
+    except (OSError, http.client.HTTPException) as error:
         raise ServiceError(
             f"{url} must be reachable, but is not: {error}. Put the file at {path}, or set `model.weights` to one."
         ) from None
-    write_atomic(_record(path), sha256_file(path) + "\n")
+    finally:
+        staged.unlink(missing_ok=True)
     return path
 
 
