@@ -2,13 +2,19 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from swa_dist import config
 from swa_dist.errors import ConfigError, ExitCode, SwaDistError
+
+if TYPE_CHECKING:
+    from swa_dist.service.progress import Display
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="swa-dist",
@@ -23,6 +29,10 @@ app.add_typer(data_app, name="data")
 
 _LOG_WIDTH = 120
 
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A weights file, of a run or from elsewhere.")]
+DataPath = Annotated[Path, typer.Argument(metavar="DATA", help="A folder of class folders of images.")]
+OfRun = Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="Default: that of the run MODEL is in.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of one that is shipped.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace a setting of the recipe. Repeatable.")
@@ -73,14 +83,39 @@ def schema() -> None:
 def replay(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
     """Send MLflow what a run could not send, and register what it could not register."""
     from swa_dist.service import result as service
-    from swa_dist.service.progress import display
 
-    shown = display()
-    try:
-        service.replay(run.resolve(), shown)
-    finally:
-        shown.close()
+    _shown(lambda display: service.replay(run.resolve(), display))
     print(f"nothing waits in {run}")
+
+
+@app.command()
+def evaluate(
+    model: ModelPath, data: DataPath, recipe: OfRun = None, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Score a weights file on a folder of images, as a run does."""
+    from swa_dist.service import standalone
+
+    checked = config.load(_find(recipe) if recipe else standalone.recipe_beside(model), overrides or ())
+    found = _shown(lambda display: standalone.evaluate_file(model, data, checked, display), quiet=as_json)
+    _print(found, as_json, {"top1": " %", "top5": " %", "ece": " %", "nll": " nats per image"})
+
+
+@app.command()
+def recalibrate(
+    model: ModelPath,
+    data: DataPath,
+    out: Annotated[Path, typer.Option("--out", help="Where to write: a .safetensors file.")],
+    recipe: OfRun = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give a weights file the BatchNorm statistics of a folder of images, exactly, and say how sure they are."""
+    from swa_dist.service import standalone
+
+    checked = config.load(_find(recipe) if recipe else standalone.recipe_beside(model), overrides or ())
+    found = _shown(lambda display: standalone.recalibrate_file(model, data, out, checked, display), quiet=as_json)
+    errors = ("sampling_error", "split_half", "grouping_dependence")
+    _print(found, as_json, dict.fromkeys(errors, " standard deviations"))
 
 
 @data_app.command()
@@ -99,13 +134,12 @@ def index(
 ) -> None:
     """Read a folder of images: how many, which classes, which files are damaged, and the digest that names it all."""
     from swa_dist.data import index as source
-    from swa_dist.service.progress import display
 
-    shown = display()
-    try:
-        found = source.scan(folder.resolve(), folder.name, lambda done, total: shown.progress("index", done, total))
-    finally:
-        shown.close()
+    found = _shown(
+        lambda display: source.scan(
+            folder.resolve(), folder.name, lambda done, total: display.progress("index", done, total)
+        )
+    )
     if out is not None:
         source.save(found, out)
     print(f"{folder}: {len(found):,} images, {len(found.classes):,} classes, digest {found.digest}")
@@ -123,20 +157,35 @@ def main() -> None:
         sys.exit(ExitCode.STOPPED)
 
 
+def _shown(work: "Callable[[Display], T]", *, quiet: bool = False) -> T:
+    """What `work` returns, its progress shown; with `quiet` on standard error, so that the output is for machines."""
+    from swa_dist.service.progress import display
+
+    shown = display(error=quiet)
+    try:
+        return work(shown)
+    finally:
+        shown.close()
+
+
+def _print(facts: dict[str, Any], as_json: bool, units: dict[str, str]) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    for name, value in facts.items():
+        text = f"{value:.4f}{units.get(name, '')}" if isinstance(value, float) else value
+        print(f"{name + ':':<22}{text}")
+
+
 def _run(service: Any, recipe: str, overrides: list[str] | None) -> None:
     import os
 
     from rich.console import Console
 
     from swa_dist.service import report
-    from swa_dist.service.progress import display
 
     checked = config.load(_find(recipe), overrides or ())
-    shown = display()
-    try:
-        finished = service(checked, shown)
-    finally:
-        shown.close()
+    finished = _shown(lambda display: service(checked, display))
     if int(os.environ.get("RANK", "0")) == 0:
         terminal = Console()
         console = terminal if terminal.is_terminal else Console(width=_LOG_WIDTH)

@@ -11,6 +11,7 @@ import json
 import math
 import typing
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,8 @@ _FROZEN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attri
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=10)]
+Floor = Annotated[float, Field(ge=0, le=10)]
+Epochs = Annotated[float, Field(ge=0, le=1000)]
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
@@ -52,6 +55,8 @@ class Model:
 class Data:
     name: str
     """What the data set is called in MLflow."""
+    kind: Literal["imagenet", "other"] = "other"
+    """`imagenet`: ILSVRC 2012, whose numbers of images and classes are then checked."""
     train: str
     """Folder of the training images, one sub-folder per class."""
     val: str
@@ -83,6 +88,8 @@ class Optim:
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     head_lr_multiplier: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """The last layer's learning rate, as a multiple of the others'."""
+    scale_lr: Literal["none", "linear", "sqrt"] = "none"
+    """How the schedule's rates change with `data.global_batch`, from those for 256."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
@@ -91,46 +98,117 @@ class Cyclical:
 
     name: Literal["cyclical"]
     max_lr: Rate
-    min_lr: Annotated[float, Field(ge=0, le=10)]
-    cycle_epochs: Positive = 1
-    warmup_epochs: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    min_lr: Floor
+    cycle_epochs: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Length of a cycle; 0.25 is four cycles an epoch. Must divide the run."""
+    warmup_epochs: Epochs = 0.0
     """Over so many epochs at the start the rate is scaled up linearly from zero."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
 class Constant:
-    """One rate throughout."""
+    """The authors' code: one rate, after a ramp from another."""
 
     name: Literal["constant"]
-    max_lr: Rate
-    warmup_epochs: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    lr: Rate
+    start_lr: Literal["same"] | Rate = "same"
+    """Rate at the start of the ramp: the one that the starting weights were trained with at last."""
+    ramp_epochs: Epochs = 0.0
+    """`start_lr` for the first half of so many epochs, then linear; `lr` from nine tenths on."""
+    warmup_epochs: Epochs = 0.0
     """Over so many epochs at the start the rate is scaled up linearly from zero."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Cosine:
+    """Half a cosine from `max_lr` to `min_lr` over the whole run: a control."""
+
+    name: Literal["cosine"]
+    max_lr: Rate
+    min_lr: Floor = 0.0
+    warmup_epochs: Epochs = 0.0
+    """Over so many epochs at the start the rate is scaled up linearly from zero."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Linear:
+    """A line from `max_lr` to `min_lr` over the whole run: a control."""
+
+    name: Literal["linear"]
+    max_lr: Rate
+    min_lr: Floor = 0.0
+    warmup_epochs: Epochs = 0.0
+    """Over so many epochs at the start the rate is scaled up linearly from zero."""
+
+
+Schedule = Cyclical | Constant | Cosine | Linear
+_SCHEDULES: dict[str, type] = {kind.__name__.lower(): kind for kind in typing.get_args(Schedule)}
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Ema:
+    """An exponential moving average of the weights after every step, bias-corrected."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)]
+    """Per step over a whole global batch; a shorter batch counts by its share."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
 class Average:
+    points: Literal["cycle", "epoch"] | Annotated[int, Field(ge=1, le=1000)] = "cycle"
+    """When the weights are taken into the average: at the end of each cycle, of each epoch, or so many times an epoch.
+    Of a schedule without cycles, `cycle` is an epoch."""
     include_start: bool = False
     """Whether the starting weights are one of the averaged iterates. The authors' code: no."""
     start_epoch: Annotated[int, Field(ge=0)] = 0
     """Iterates of the first so many epochs are left out."""
+    also_after_epochs: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
+    """The average as it was after so many epochs is scored too, as swa_5 for 5. Costs an evaluation each."""
+    window: Annotated[int, Field(ge=0, le=1000)] = 0
+    """The mean of the last so many iterates is scored too, as window (LAWA, Kaddour 2022). 0: not."""
+    ema: Literal["off"] | Ema = "off"
+    """An exponential moving average that is scored too, as ema."""
+    keep_iterates: Annotated[int, Field(ge=0, le=1000)] = 0
+    """So many of the last iterates are kept in the run's folder."""
+    sync: Literal["replicated", "local"] = "replicated"
+    """`replicated`: DDP, all workers have equal weights. `local`: each worker trains by itself on its share of each
+    batch, and the average is over workers too (post-local SGD, Lin et al. 2020; SWAP, Gupta et al. 2020)."""
+    num_replicas: Positive = 1
+    """With `local`: how many workers, since their number decides the result."""
+    sync_every: Literal["never"] | Positive = "never"
+    """With `local`: after so many global batches the workers' weights and momentum are set to their mean."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
 class Recalibrate:
-    images: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
-    """Training images that fresh BatchNorm statistics are computed from."""
+    images: Literal["all", "auto"] | Annotated[int, Field(ge=2)] = "all"
+    """Training images that fresh BatchNorm statistics are computed from. `auto`: until `error_below` is reached."""
+    error_below: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """For `auto`: the sampling error of the means, in standard deviations, of the layer where it is largest."""
+    transforms: Literal["train", "eval"] = "train"
+    """Random crops as in training, or the centre crops of the evaluation."""
+    second_pass: Literal["off", "measure", "apply"] = "off"
+    """A pass with the fresh statistics in place: `measure` how much they depend on the grouping of the images, or
+    `apply` what it finds, which depends on it less."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
 class Evaluate:
-    candidate: Literal["swa", "last"] = "swa"
+    candidate: Literal["swa", "last", "ema", "window"] = "swa"
     """Which weights are to be registered. Named beforehand: choosing by the result would flatter it."""
+    published_top1: Literal["auto", "unknown"] | Annotated[float, Field(gt=0, le=100)] = "auto"
+    """Top-1 in percent that the starting weights are known to have on this data. `auto`: torchvision's own figure where
+    both are its."""
+    preflight: Literal["stop", "warn"] = "stop"
+    """What to do, before any training, when the starting weights are far below that."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
 class Checkpoint:
     keep_last: Positive = 2
     """Training checkpoints that are kept."""
+    extend_from: str = "nothing"
+    """Folder of a finished, shorter run of the same recipe, which this one then goes on from."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
@@ -182,7 +260,7 @@ class Recipe:
     model: Model
     data: Data
     optim: Optim
-    schedule: Annotated[Cyclical | Constant, Field(discriminator="name")]
+    schedule: Annotated[Schedule, Field(discriminator="name")]
     average: Average = Average()
     recalibrate: Recalibrate = Recalibrate()
     evaluate: Evaluate = Evaluate()
@@ -196,6 +274,20 @@ class Recipe:
     def groups_per_batch(self) -> int:
         return math.ceil(self.data.global_batch / self.data.group_images)
 
+    @property
+    def cycle_epochs(self) -> Fraction:
+        """Exact length of a cycle; of a schedule without cycles, one epoch."""
+        if not isinstance(self.schedule, Cyclical):
+            return Fraction(1)
+        return Fraction(self.optim.epochs, round(self.optim.epochs / self.schedule.cycle_epochs))
+
+    @property
+    def averaging_epochs(self) -> Fraction:
+        """From one averaged iterate to the next."""
+        if self.average.points == "cycle":
+            return self.cycle_epochs
+        return Fraction(1) if self.average.points == "epoch" else Fraction(1, self.average.points)
+
 
 # Where things are and how they are run. Their content enters the key by digest: `weights` and the data's.
 NOT_IN_KEY = frozenset(
@@ -204,9 +296,12 @@ NOT_IN_KEY = frozenset(
         "model.weights",
         "model.weights_sha256",
         "data.name",
+        "data.kind",
         "data.train",
         "data.val",
         "data.num_threads",
+        "evaluate.published_top1",
+        "evaluate.preflight",
         "checkpoint",
         "tracking",
         "registry",
@@ -214,6 +309,8 @@ NOT_IN_KEY = frozenset(
         "output",
     }
 )
+
+_WHOLE = 1e-6  # a third of an epoch, written as 0.333333, is still a whole number of cycles
 
 _ADAPTER = TypeAdapter(Recipe)
 
@@ -314,6 +411,12 @@ def replace(recipe: Recipe, **fields: Any) -> Recipe:
 
 def _contradictions(r: Recipe) -> Iterable[str]:
     """Settings that are each fine and together are not."""
+    yield from _data_contradictions(r)
+    yield from _schedule_contradictions(r)
+    yield from _average_contradictions(r)
+
+
+def _data_contradictions(r: Recipe) -> Iterable[str]:
     workers, groups = r.cluster.num_workers, r.groups_per_batch
     if r.data.group_images > r.data.global_batch:
         yield (
@@ -338,28 +441,67 @@ def _contradictions(r: Recipe) -> Iterable[str]:
     low, high = r.data.crop_ratio
     if not 0.01 <= low <= high <= 100:
         yield f"`data.crop_ratio` must be two ratios with 0.01 <= least <= most <= 100, but is [{low:g}, {high:g}]."
-    if isinstance(r.schedule, Cyclical):
-        if r.schedule.min_lr > r.schedule.max_lr:
-            yield (
-                f"`schedule.min_lr` must be at most `schedule.max_lr` ({r.schedule.max_lr:g}), but is"
-                f" {r.schedule.min_lr:g}."
-            )
-        if r.optim.epochs % r.schedule.cycle_epochs:
-            fits = ", ".join(str(n) for n in range(1, r.optim.epochs + 1) if r.optim.epochs % n == 0)
-            yield (
-                f"`schedule.cycle_epochs` must divide `optim.epochs` ({r.optim.epochs}), but is"
-                f" {r.schedule.cycle_epochs}. These do: {fits}."
-            )
-    if r.schedule.warmup_epochs > r.optim.epochs:
+
+
+def _schedule_contradictions(r: Recipe) -> Iterable[str]:
+    schedule, epochs = r.schedule, r.optim.epochs
+    if not isinstance(schedule, Constant) and schedule.min_lr > schedule.max_lr:
         yield (
-            f"`schedule.warmup_epochs` must be at most `optim.epochs` ({r.optim.epochs}), but is"
-            f" {r.schedule.warmup_epochs:g}."
+            f"`schedule.min_lr` must be at most `schedule.max_lr` ({schedule.max_lr:g}), but is {schedule.min_lr:g}."
         )
-    if r.average.start_epoch >= r.optim.epochs:
+    if isinstance(schedule, Cyclical):
+        cycles = epochs / schedule.cycle_epochs
+        if cycles < 1 - _WHOLE or abs(cycles - round(cycles)) > _WHOLE * cycles:
+            nearest = sorted({max(1, math.floor(cycles)), max(1, math.ceil(cycles))})
+            fits = " or ".join(f"{epochs / n:.6g} ({n} cycle{'s' if n > 1 else ''})" for n in nearest)
+            yield (
+                f"`schedule.cycle_epochs` must divide `optim.epochs` ({epochs}), but is {schedule.cycle_epochs:g}."
+                f" Nearest: {fits}."
+            )
+    if isinstance(schedule, Constant) and schedule.ramp_epochs > epochs:
+        yield f"`schedule.ramp_epochs` must be at most `optim.epochs` ({epochs}), but is {schedule.ramp_epochs:g}."
+    if schedule.warmup_epochs > epochs:
+        yield f"`schedule.warmup_epochs` must be at most `optim.epochs` ({epochs}), but is {schedule.warmup_epochs:g}."
+    if r.checkpoint.extend_from != "nothing" and isinstance(schedule, Cosine | Linear):
         yield (
-            f"`average.start_epoch` must be less than `optim.epochs` ({r.optim.epochs}), but is"
-            f" {r.average.start_epoch}: nothing would be averaged."
+            f"`checkpoint.extend_from` must be `nothing` with a {schedule.name} schedule, whose rates depend on the"
+            f" run's length, but is {r.checkpoint.extend_from}."
         )
+
+
+def _average_contradictions(r: Recipe) -> Iterable[str]:
+    average, epochs = r.average, r.optim.epochs
+    if average.start_epoch >= epochs:
+        yield (
+            f"`average.start_epoch` must be less than `optim.epochs` ({epochs}), but is {average.start_epoch}: nothing"
+            " would be averaged."
+        )
+    for after in average.also_after_epochs:
+        if not average.start_epoch < after < epochs:
+            yield (
+                f"`average.also_after_epochs` must be after `average.start_epoch` ({average.start_epoch}) and before"
+                f" `optim.epochs` ({epochs}), but has {after}."
+            )
+    for name, on in (("ema", average.ema != "off"), ("window", average.window > 0)):
+        if r.evaluate.candidate == name and not on:
+            yield f"`evaluate.candidate` must be an average that the run keeps, but is {name}. Set `average.{name}`."
+    if average.sync == "replicated":
+        if average.num_replicas != 1 or average.sync_every != "never":
+            yield (
+                "`average.num_replicas` and `average.sync_every` must be left alone where `average.sync` is replicated,"
+                f" but are {average.num_replicas} and {average.sync_every}."
+            )
+    else:
+        if average.num_replicas != r.cluster.num_workers:
+            yield (
+                f"`average.num_replicas` must be `cluster.num_workers` ({r.cluster.num_workers}) where `average.sync`"
+                f" is local, but is {average.num_replicas}: each worker is a replica of its own."
+            )
+        if average.ema != "off":
+            yield (
+                "`average.ema` must be off where `average.sync` is local, but is on: it would need all workers'"
+                " weights after every step."
+            )
 
 
 def _yaml() -> ruamel.yaml.YAML:
@@ -402,7 +544,7 @@ def _explain_all(errors: ValidationError) -> list[str]:
 
 def _explain(error: Mapping[str, Any]) -> tuple[str, str]:
     """The setting of one pydantic error, and a sentence, with the likely key for a misspelt one."""
-    where = [str(part) for part in error["loc"] if str(part) not in ("cyclical", "constant")]
+    where = [str(part) for part in error["loc"] if str(part) not in _SCHEDULES]
     # The kinds of a union are pydantic's names, not the person's.
     where = [part for part in where if not part.startswith(("literal[", "constrained-", "function-"))]
     name = ".".join(where)
@@ -433,6 +575,5 @@ def _fields_at(sections: list[str], error: Mapping[str, Any]) -> list[str]:
         found = [hint[section] for hint in hints if section in hint]
         kinds = [kind for hint in found for kind in (typing.get_args(hint) or (hint,))]
     if sections == ["schedule"]:
-        tag = next((part for part in error["loc"] if part in ("cyclical", "constant")), None)
-        kinds = [kind for kind in (Cyclical, Constant) if tag is None or kind.__name__.lower() == tag]
+        kinds = [_SCHEDULES[part] for part in error["loc"] if part in _SCHEDULES] or list(_SCHEDULES.values())
     return [f.name for kind in kinds if dataclasses.is_dataclass(kind) for f in dataclasses.fields(kind)]

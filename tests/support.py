@@ -126,7 +126,7 @@ def fit_start(world: World, digits: str, path: str) -> None:
     from swa_dist.service.progress import Lines
 
     recipe = digits_recipe(digits, path)
-    quickstart.train_start(recipe, quickstart.digits_loaders(recipe), Path(path), Lines(), epochs=6)
+    quickstart.train_start(recipe, quickstart.digits_loaders(recipe), Path(path), Lines(sys.stdout), epochs=6)
 
 
 class Recorder(Tracker):

@@ -16,7 +16,7 @@ from PIL import Image
 from swa_dist.config import Data
 from swa_dist.data import order
 from swa_dist.data.index import Index
-from swa_dist.data.order import Batch, Group, Ints, Span, Stream
+from swa_dist.data.order import Batch, Group, Ints, Span, Stream, Transforms
 from swa_dist.errors import DataError
 
 # Of ImageNet, as torchvision's weights expect; pixels from 0 to 255.
@@ -59,19 +59,23 @@ class DaliLoaders:
                 num_images=batch.stop - batch.start, num_groups=len(every), groups=[next(images) for _ in share]
             )
 
-    def recalibration(self, num_images: int) -> Iterator[Group]:
-        groups = order.groups_of(Span(0, num_images), self.data.group_images)
-        return self._cropped(Stream.RECALIBRATE, 0, self._deal(groups))
+    def recalibration(self, span: Span, transforms: Transforms) -> Iterator[Group]:
+        spans = self._deal(order.groups_of(span, self.data.group_images))
+        if transforms == "train":
+            return self._cropped(Stream.RECALIBRATE, 0, spans)
+        images = order.order(self.seed, Stream.RECALIBRATE, 0, self.num_train)
+        return self._centred(self.train_index, [images[one.start : one.stop] for one in spans])
 
     def validation(self) -> Iterator[Group]:
-        groups = order.groups_of(Span(0, self.num_val), self.data.group_images)
-        ids = [np.arange(span.start, span.stop) for span in self._deal(groups)]
+        spans = self._deal(order.groups_of(Span(0, self.num_val), self.data.group_images))
+        return self._centred(self.val_index, [np.arange(span.start, span.stop) for span in spans])
 
+    def _centred(self, index: Index, ids: list[Ints]) -> Iterator[Group]:
         def source() -> Source:
             for group in ids:
-                yield (self.val_index.path_bytes(group),)
+                yield (index.path_bytes(group),)
 
-        return self._run(_centred, source, self.val_index, ids)
+        return self._run(_centred, source, index, ids)
 
     def _deal(self, groups: list[Span]) -> list[Span]:
         return order.deal(groups, self.rank, self.world_size)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
+from torchvision.transforms.v2 import functional
 
 from swa_dist.config import Data
 from swa_dist.data import order
-from swa_dist.data.order import Batch, Group, Ints, Span, Stream
+from swa_dist.data.order import Batch, Group, Ints, Span, Stream, Transforms
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
@@ -48,16 +48,22 @@ class MemoryLoaders:
                 groups=[self._cropped(Stream.TRAIN, epoch, images, span) for span in self._deal(groups)],
             )
 
-    def recalibration(self, num_images: int) -> Iterator[Group]:
+    def recalibration(self, span: Span, transforms: Transforms) -> Iterator[Group]:
         images = order.order(self.seed, Stream.RECALIBRATE, 0, self.num_train)
-        for span in self._deal(order.groups_of(Span(0, num_images), self.data.group_images)):
-            yield self._cropped(Stream.RECALIBRATE, 0, images, span)
+        for one in self._deal(order.groups_of(span, self.data.group_images)):
+            if transforms == "train":
+                yield self._cropped(Stream.RECALIBRATE, 0, images, one)
+            else:
+                yield self._centred(self.train_images, self.train_labels, images[one.start : one.stop])
 
     def validation(self) -> Iterator[Group]:
         for span in self._deal(order.groups_of(Span(0, self.num_val), self.data.group_images)):
-            images = transforms.resize(self.val_images[span.start : span.stop], [self.data.resize_size], antialias=True)
-            images = transforms.center_crop(images, [self.data.image_size, self.data.image_size])
-            yield self._group(images, self.val_labels, np.arange(span.start, span.stop))
+            yield self._centred(self.val_images, self.val_labels, np.arange(span.start, span.stop))
+
+    def _centred(self, images: Tensor, labels: Tensor, ids: Ints) -> Group:
+        resized = functional.resize(images[torch.from_numpy(ids)], [self.data.resize_size], antialias=True)
+        size = [self.data.image_size, self.data.image_size]
+        return self._group(functional.center_crop(resized, size), labels, ids)
 
     def _deal(self, groups: list[Span]) -> list[Span]:
         return order.deal(groups, self.rank, self.world_size)
@@ -78,7 +84,7 @@ class MemoryLoaders:
         )
         size = [self.data.image_size, self.data.image_size]
         cropped = [
-            transforms.resized_crop(self.train_images[i], top, left, high, wide, size, antialias=True)
+            functional.resized_crop(self.train_images[i], top, left, high, wide, size, antialias=True)
             for i, top, left, high, wide in zip(
                 ids.tolist(),
                 windows.top.tolist(),
@@ -93,5 +99,5 @@ class MemoryLoaders:
         return self._group(torch.where(mirrored, upright.flip(-1), upright), self.train_labels, ids)
 
     def _group(self, images: Tensor, labels: Tensor, ids: Ints) -> Group:
-        scaled = transforms.normalize(transforms.to_dtype(images, torch.float32, scale=True), list(_MEAN), list(_STD))
+        scaled = functional.normalize(functional.to_dtype(images, torch.float32, scale=True), list(_MEAN), list(_STD))
         return Group(images=scaled.to(self.device), labels=labels[torch.from_numpy(ids)].to(self.device), ids=ids)

@@ -8,7 +8,7 @@ had without those before it. Only its raw bits are used, which numpy promises no
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,9 @@ class Batch:
     """This worker's, in order: groups rank, rank + world_size, ... of the batch. May be empty."""
 
 
+Transforms = Literal["train", "eval"]
+
+
 class Loaders(Protocol):
     """One worker's images. All workers' groups together are each image once, whatever their number."""
 
@@ -64,8 +67,11 @@ class Loaders(Protocol):
     def train(self, epoch: int, start: int) -> Iterator[Batch]:
         """The global batches of an epoch, from the one that begins at position `start` of it."""
 
-    def recalibration(self, num_images: int) -> Iterator[Group]:
-        """This worker's groups of `num_images` training images in a fixed order, with the training transforms."""
+    def recalibration(self, span: "Span", transforms: Transforms) -> Iterator[Group]:
+        """This worker's groups of the training images at these positions of a fixed order.
+
+        With the random crops of training, or the centre crops of the evaluation.
+        """
 
     def validation(self) -> Iterator[Group]:
         """This worker's groups of the validation images, each image once."""

@@ -1,4 +1,4 @@
-"""The Stochastic Weight Average: an equally weighted mean of weights, as a value that is merged, saved and restored."""
+"""Averages of weights, as values that are merged, saved and restored. The Stochastic Weight Average is the first."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -28,25 +28,22 @@ class WeightAverage:
     def count(self) -> int:
         return len(self.ids)
 
-    @torch.no_grad()
     def collect(self, model: nn.Module, id: int) -> None:
         """Take in the weights of `model` as the iterate `id`.
 
         Raises NumericsError, and leaves the average as it was, where the id is in already or a weight is not finite;
         ValueError where the names or shapes are not those of the iterates before.
         """
-        weights = {name: p.detach().float() for name, p in model.named_parameters()}
+        self.collect_weights(parameters_of(model), buffers_of(model), id)
+
+    @torch.no_grad()
+    def collect_weights(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], id: int) -> None:
+        """As `collect`, of parameters and buffers by name."""
         self._refuse([id])
         self._match(weights)
-        finite = torch.stack([torch.isfinite(w).all() for w in weights.values()])
-        if not finite.all():
-            bad = [name for name, ok in zip(weights, finite.tolist(), strict=True) if not ok]
-            raise NumericsError(
-                f"weights must be finite to be averaged, but `{bad[0]}` of iterate {id} is not"
-                f" ({len(bad)} of {len(weights)} parameters). The average was left as it was; lower the learning rate."
-            )
-        self._add(weights)
-        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        refuse_non_finite(weights, id)
+        self._add({name: w.float() for name, w in weights.items()})
+        self._buffers = {name: b.clone() for name, b in buffers.items()}
         self.ids.append(id)
 
     @torch.no_grad()
@@ -116,3 +113,80 @@ class WeightAverage:
                 raise ValueError(
                     f"`{name}` must have shape {tuple(self._sum[name].shape)}, but has {tuple(weight.shape)}."
                 )
+
+
+class ExponentialAverage:
+    """The exponential moving average of the weights, bias-corrected as Adam's (Kingma and Ba 2015).
+
+    It is the weighted mean of the iterates, of which each counts `decay` times less than the one after it; float32.
+    Each iterate has an id, and ids only grow.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.last_id = -1
+        self._weight = 0.0
+        self._sum: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def collect(self, model: nn.Module, id: int, share: float = 1.0) -> None:
+        """Take in the weights of `model`, decaying those before by decay ** share.
+
+        Raises NumericsError, and leaves the average as it was, where the id is not a new one or a weight is not finite.
+        """
+        if id <= self.last_id:
+            raise NumericsError(f"`id` must be more than that of the last iterate ({self.last_id}), but is {id}.")
+        weights = parameters_of(model)
+        refuse_non_finite(weights, id)
+        if not self._sum:
+            self._sum = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+        decay = self.decay**share
+        torch._foreach_lerp_(list(self._sum.values()), [weights[name].float() for name in self._sum], 1 - decay)
+        self._weight = decay * self._weight + (1 - decay)
+        self._buffers = {name: b.clone() for name, b in buffers_of(model).items()}
+        self.last_id = id
+
+    @torch.no_grad()
+    def mean(self) -> dict[str, Tensor]:
+        """A full state_dict: float32 means of the parameters, and the latest iterate's buffers."""
+        if not self._sum:
+            raise ValueError("`mean` must be asked of an average with iterates, but it has none.")
+        means = torch._foreach_div(list(self._sum.values()), self._weight)
+        buffers = {name: b.clone() for name, b in self._buffers.items()}
+        return dict(zip(self._sum, means, strict=True)) | buffers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by name under "sum" and "buffers", and the numbers "weight" and "last_id". Not copied."""
+        return {
+            "sum": dict(self._sum),
+            "buffers": dict(self._buffers),
+            "weight": self._weight,
+            "last_id": self.last_id,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sum, self._buffers = ({n: t.clone() for n, t in state[part].items()} for part in ("sum", "buffers"))
+        self._weight = state["weight"]
+        self.last_id = state["last_id"]
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Not copied."""
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """Not copied."""
+    return {name: b.detach() for name, b in model.named_buffers()}
+
+
+def refuse_non_finite(weights: Mapping[str, Tensor], id: int) -> None:
+    """Raise NumericsError naming the first parameter of the iterate that is not finite."""
+    finite = torch.stack([torch.isfinite(w).all() for w in weights.values()])
+    if not finite.all():
+        bad = [name for name, ok in zip(weights, finite.tolist(), strict=True) if not ok]
+        raise NumericsError(
+            f"weights must be finite to be averaged, but `{bad[0]}` of iterate {id} is not"
+            f" ({len(bad)} of {len(weights)} parameters). The average was left as it was; lower the learning rate."
+        )

@@ -1,7 +1,8 @@
 """What a person sees of long work: a bar on a terminal, a plain line now and then in a log."""
 
+import sys
 import time
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -20,12 +21,13 @@ class Display(Protocol):
 class Lines:
     """For a log: a line each ten seconds of a phase, and one at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
         self._phase = ""
         self._next = 0.0
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        print(line, file=self._file, flush=True)
 
     def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
@@ -34,7 +36,7 @@ class Lines:
         if done < total and now < self._next:
             return
         self._next = now + _LINE_EVERY_SECONDS
-        print(f"  {phase}: {done:,} of {total:,}{', ' + note if note else ''}", flush=True)
+        self.say(f"  {phase}: {done:,} of {total:,}{', ' + note if note else ''}")
 
     def close(self) -> None:
         pass
@@ -67,6 +69,7 @@ class Bars:
         self._bars.stop()
 
 
-def display() -> Display:
-    console = Console()
-    return Bars(console) if console.is_terminal else Lines()
+def display(*, error: bool = False) -> Display:
+    """For standard output, or standard error where the output is for machines."""
+    console = Console(stderr=error)
+    return Bars(console) if console.is_terminal else Lines(sys.stderr if error else sys.stdout)

@@ -9,13 +9,13 @@ from swa_dist import models
 from swa_dist.config import Recipe
 from swa_dist.data import digits, index
 from swa_dist.data.dali import DaliLoaders
-from swa_dist.method.averaging import WeightAverage
-from swa_dist.method.schedule import Cyclical
+from swa_dist.method.schedule import Linear
 from swa_dist.service import launch
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Finished
 from swa_dist.storage import write_atomic, writing
 from swa_dist.training import loop
+from swa_dist.training.averages import Averages
 from swa_dist.training.batchnorm import RunningStatistics
 from swa_dist.training.state import TrainState
 from swa_dist.training.world import SoloWorld
@@ -52,9 +52,9 @@ def train_start(
     world = SoloWorld()
     model = models.build(recipe.model, recipe.seed)
     optimizer = loop.sgd(model, models.head_names(model), recipe)
-    state = TrainState(model=model, optimizer=optimizer, average=WeightAverage())
+    state = TrainState(model=model, optimizer=optimizer, averages=Averages(recipe.average))
     images = epochs * loaders.num_train
-    schedule = Cyclical(_START_MAX_LR, _START_MIN_LR, cycle_images=images)
+    schedule = Linear(_START_MAX_LR, _START_MIN_LR, run_images=images)
     running = RunningStatistics(model, world)
     for epoch in range(epochs):
         for info in loop.steps(state, model, running, loaders.train(epoch, 0), schedule, recipe, world):

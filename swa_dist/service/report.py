@@ -9,6 +9,8 @@ _ROWS = {
     "start": "start",
     "last": "last iterate",
     "last_fresh": "last, fresh BatchNorm",
+    "window": "mean of the last iterates",
+    "ema": "EMA",
     "swa": "SWA",
 }
 
@@ -35,7 +37,7 @@ def show(summary: dict[str, Any], console: Console, *, already: bool) -> None:
             remarks.append("candidate")
         gain = "" if name == "start" else f"{row['top1'] - start:+.2f}"
         cells = [f"{row['top1']:.2f}", gain, f"{row['top5']:.2f}", f"{row['nll']:.4f}", f"{row['ece']:.2f}"]
-        table.add_row(_ROWS[name], *cells, ", ".join(remarks))
+        table.add_row(_ROWS.get(name) or f"SWA after {name.partition('_')[2]} epochs", *cells, ", ".join(remarks))
     console.print()
     if already:
         console.print(f"This run is finished already (key {summary['run_key'][:12]}); to run it anew: --again")

@@ -19,18 +19,26 @@ from swa_dist.training.evaluate import Outcomes
 from swa_dist.training.finetune import CANDIDATES
 from swa_dist.training.state import load_entry
 
-_CANDIDATES = ("start", "last", "last_fresh", "swa")
+_ORDER = ("start", "last", "last_fresh", "window", "ema", "swa")
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Where a candidate stands in tables: swa_5, the average after 5 epochs, before swa."""
+    if name in _ORDER:
+        return 2 * _ORDER.index(name), ""
+    return 2 * _ORDER.index("swa") - 1, name.rjust(20)
 
 
 def conclude(job: Job, display: Display) -> Finished:
     """Weigh the scored candidates, register the one that the recipe names, and leave `summary.json`."""
     recipe = config.from_tree(job.recipe)
     store, spool = Store(job.folder), Spool(job.folder)
-    entries = {name: load_entry(store, f"{CANDIDATES}/{name}") for name in _CANDIDATES}
+    scored = {Path(entry).name: entry for entry in store.names(CANDIDATES)}
+    entries = {name: load_entry(store, scored[name]) for name in sorted(scored, key=_rank)}
     outcomes = {name: Outcomes.of(parts["outcomes"]) for name, (parts, _) in entries.items()}
     facts = {name: found for name, (_, found) in entries.items()}
     control = evidence.control_of(outcomes)
-    candidate = recipe.evaluate.candidate if recipe.evaluate.candidate == "swa" else control
+    candidate = control if recipe.evaluate.candidate == "last" else recipe.evaluate.candidate
     pairs = [
         evidence.compare(name, outcomes[name], against, outcomes[against])
         for name, against in dict.fromkeys([(candidate, "start"), (candidate, control), (control, "start")])

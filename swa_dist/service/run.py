@@ -19,11 +19,11 @@ from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.index import Index
-from swa_dist.errors import ConfigError, ServiceError
+from swa_dist.errors import ConfigError, DataError, ServiceError
 from swa_dist.service import registry, tracking
 from swa_dist.service.progress import Display
 from swa_dist.service.tracking import Spool, SpoolTracker, Target
-from swa_dist.service.weights import fetch
+from swa_dist.service.weights import fetch, published_top1
 from swa_dist.storage import Store, read_json, write_atomic, writing
 from swa_dist.training.finetune import finetune
 from swa_dist.training.world import World
@@ -85,6 +85,8 @@ def prepare(recipe: Recipe, display: Display, *, again: bool = False) -> Job | F
     models.load(network, local.model)
     data_digest = index.data_digest(train, val)
     key = config.run_key(resolved, weights.sha256, data_digest)
+    if resolved.checkpoint.extend_from != "nothing":
+        _check_extension(resolved, weights.sha256, data_digest)
     folder = Path(resolved.output.dir) / f"swa-{key[:12]}"
     state = read_json(folder / _ATTEMPT) or {"attempt": 0, "first_attempt": 1}
     if again and folder.exists():
@@ -156,12 +158,17 @@ def _resolve(recipe: Recipe) -> Recipe:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///"):
         uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
-    fields = {
+    fields: dict[str, Any] = {
         "tracking.uri": uri,
         "data.train": str(Path(recipe.data.train).expanduser().resolve()),
         "data.val": str(Path(recipe.data.val).expanduser().resolve()),
         "output.dir": str(Path(recipe.output.dir).expanduser().resolve()),
     }
+    if recipe.checkpoint.extend_from != "nothing":
+        fields["checkpoint.extend_from"] = str(Path(recipe.checkpoint.extend_from).expanduser().resolve())
+    published = published_top1(recipe)
+    if published is not None:
+        fields["evaluate.published_top1"] = published
     return config.replace(recipe, **fields)
 
 
@@ -178,7 +185,10 @@ def _scan(recipe: Recipe, display: Display) -> tuple[Index, Index]:
     for split, root in (("train", recipe.data.train), ("val", recipe.data.val)):
         found.append(index.scan(Path(root), split, functools.partial(display.progress, f"index {split}")))
     train, val = found
+    if recipe.data.kind == "imagenet":
+        _check_imagenet(train, val)
     index.check_pair(train, val, recipe.model.num_classes)
+    _check_cycles(recipe, train)
     size = recipe.data.group_images
     for what, count in (
         ("of an epoch", len(train) % recipe.data.global_batch),
@@ -192,9 +202,51 @@ def _scan(recipe: Recipe, display: Display) -> tuple[Index, Index]:
     return train, val
 
 
+def _check_imagenet(train: Index, val: Index) -> None:
+    for split, found, images in (("train", train, 1_281_167), ("val", val, 50_000)):
+        if (len(found), len(found.classes)) != (images, 1000):
+            raise DataError(
+                f"`data.{split}` must be ILSVRC 2012's {images:,} images of 1,000 classes, as `data.kind` says, but"
+                f" has {len(found):,} of {len(found.classes):,}. Complete it, or set `data.kind=other`."
+            )
+
+
+def _check_cycles(recipe: Recipe, train: Index) -> None:
+    images = min(recipe.averaging_epochs, recipe.cycle_epochs) * len(train)
+    if images < recipe.data.global_batch:
+        raise ConfigError(
+            "a cycle, and the distance between averaging points, must be at least a global batch"
+            f" ({recipe.data.global_batch} images), but is {float(images):.0f} of {len(train):,} training images."
+            " Lengthen `schedule.cycle_epochs`, or lower `average.points`."
+        )
+
+
+def _check_extension(recipe: Recipe, weights_sha256: str, data_digest: str) -> None:
+    """Raise ConfigError unless `extend_from` is a finished run of this recipe with fewer epochs."""
+    folder = Path(recipe.checkpoint.extend_from)
+    summary = read_json(folder / SUMMARY)
+    if summary is None:
+        raise ConfigError(
+            f"`checkpoint.extend_from` must be the folder of a finished run, but {folder} has no summary."
+        )
+    theirs = config.load(folder / "recipe.yaml")
+    after = tuple(n for n in recipe.average.also_after_epochs if n < theirs.optim.epochs)
+    shorter = {"optim.epochs": theirs.optim.epochs, "average.also_after_epochs": after}
+    if theirs.optim.epochs < recipe.optim.epochs:
+        wanted = config.replace(recipe, **shorter)
+        if config.run_key(wanted, weights_sha256, data_digest) == summary["run_key"]:
+            return
+    mine, other = (config.flatten(config.to_tree(r)) for r in (recipe, theirs))
+    differing = [name for name in mine if config.in_key(name) and name not in shorter and mine[name] != other.get(name)]
+    what = f"`{differing[0]}` differs" if differing else "its length, weights or data are others"
+    raise ConfigError(
+        f"`checkpoint.extend_from` must be a shorter run of the same recipe, weights and data, but for {folder} {what}."
+    )
+
+
 def _recalibration_images(recipe: Recipe, train: Index) -> int:
     wanted = recipe.recalibrate.images
-    return len(train) if wanted == "all" else min(wanted, len(train))
+    return min(wanted, len(train)) if isinstance(wanted, int) else len(train)
 
 
 def _open_spool(job: Job, recipe: Recipe, train: Index, val: Index, display: Display) -> None:

@@ -14,7 +14,7 @@ import platformdirs
 import rich.progress
 import torchvision.models
 
-from swa_dist.config import Model
+from swa_dist.config import Model, Recipe
 from swa_dist.errors import CheckpointError, ConfigError, ServiceError
 from swa_dist.storage import sha256_file, write_atomic, writing
 
@@ -54,6 +54,16 @@ def fetch(model: Model) -> LocalWeights:
     if url:
         write_atomic(_record(path), f"{digest}\n")
     return LocalWeights(path, digest)
+
+
+def published_top1(recipe: Recipe) -> float | None:
+    """Top-1 in percent that torchvision states for the recipe's weights on ImageNet, where both are of it."""
+    if recipe.evaluate.published_top1 != "auto" or recipe.data.kind != "imagenet" or _url(recipe.model) is None:
+        return None
+    known = torchvision.models.get_model_weights(recipe.model.arch)
+    if recipe.model.weights not in known.__members__:
+        return None
+    return float(known[recipe.model.weights].meta["_metrics"]["ImageNet-1K"]["acc@1"])
 
 
 def _known(path: Path) -> dict[str, str]:

@@ -1,9 +1,11 @@
 """BatchNorm in train mode: running statistics for any number of workers, and passes that leave none."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -70,12 +72,21 @@ class RunningStatistics:
 
 @contextlib.contextmanager
 def unrecorded(model: nn.Module) -> Iterator[None]:
-    """Within the block BatchNorm in train mode normalises by its batch and leaves the running statistics alone."""
-    found = list(layers(model).values())
-    for layer in found:
-        layer.track_running_stats = False
-    try:
+    """Within the block BatchNorm in train mode normalises by its batch and leaves the running statistics alone.
+
+    So does SyncBatchNorm: it doesn't look at the other workers' batches, which may not be there.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in layers(model).values():
+            layer.track_running_stats = False
+            stack.callback(setattr, layer, "track_running_stats", True)
+            if isinstance(layer, nn.SyncBatchNorm):
+                layer.forward = functools.partial(_normalised_alone, layer)  # type: ignore[method-assign]
+                stack.callback(layer.__dict__.pop, "forward")
         yield
-    finally:
-        for layer in found:
-            layer.track_running_stats = True
+
+
+def _normalised_alone(layer: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+    if layer.training:
+        return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
+    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)

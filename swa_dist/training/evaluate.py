@@ -63,11 +63,12 @@ def evaluate(
     num_images: int,
     recipe: Recipe,
     world: World,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outcomes:
     """Run `model` in evaluation mode over this worker's `groups`; every worker gets the outcomes of all.
 
-    `num_images`: over all workers, whose ids are 0 to num_images - 1. Collective. The model's mode is restored.
+    `num_images`: over all workers, whose ids are 0 to num_images - 1. `progress` is told images done and wanted, over
+    all workers. Collective. The model's mode is restored.
     """
     rows = torch.zeros(num_images, _COLUMNS, dtype=torch.float64, device=world.device)
     seen = torch.zeros(num_images, dtype=torch.int64, device=world.device)
@@ -92,7 +93,7 @@ def evaluate(
             )
             seen[ids] += 1
             done += len(ids)
-            progress(done * world.size)
+            progress(min(done * world.size, num_images), num_images)
     finally:
         for module, mode in modes.items():
             module.training = mode

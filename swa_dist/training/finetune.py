@@ -3,38 +3,37 @@
 Knows no Ray, MLflow or DALI: loaders, store, tracker and stop signal are handed in.
 """
 
+import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from swa_dist import models
-from swa_dist.config import Cyclical, Recipe
+from swa_dist.config import PAPER_GLOBAL_BATCH, Constant, Cyclical, Linear, Recipe
 from swa_dist.data.order import Loaders
-from swa_dist.errors import CheckpointError, NumericsError, Stopped
+from swa_dist.errors import CheckpointError, ConfigError, NumericsError, Stopped
 from swa_dist.method import schedule as schedules
-from swa_dist.method.averaging import WeightAverage
+from swa_dist.method.averaging import buffers_of, parameters_of
 from swa_dist.method.schedule import Schedule, crosses
 from swa_dist.storage import Store
-from swa_dist.training import loop
+from swa_dist.training import loop, preflight, replicas
+from swa_dist.training.averages import Averages, Parts
 from swa_dist.training.batchnorm import RunningStatistics
 from swa_dist.training.evaluate import Outcomes, evaluate
-from swa_dist.training.recalibrate import recalibrate
+from swa_dist.training.recalibrate import recalibrate_as
 from swa_dist.training.state import Row, TrainState, load_entry, save_entry
 from swa_dist.training.world import World, agree, broadcast_tensors, on_rank_zero
 
-Parts = dict[str, dict[str, Tensor]]
-
 CHECKPOINTS = "checkpoints"
 CANDIDATES = "candidates"
-
-REPLICATED = "replicated"
-"""DDP keeps all workers' weights equal, so an all-reduce of the average adds nothing; it proves that they are equal."""
 
 _STOP_EVERY_STEPS = 10
 
@@ -57,7 +56,7 @@ class Candidate:
 
     name: str
     """start: as shipped. last: the last iterate with the BatchNorm it trained with. last_fresh: with recalibrated
-    BatchNorm. swa: the average, recalibrated."""
+    BatchNorm. swa, swa_5 (after 5 epochs), ema, window: averages, recalibrated."""
     outcomes: Outcomes
     facts: dict[str, Any]
     """What it is made of and how long that took."""
@@ -78,35 +77,44 @@ def finetune(
     """Run the recipe, from wherever its store got to. `recipe.model.weights` must be a local file, or models.RANDOM.
 
     Collective; rank 0 alone uses `store` and `tracker`, and any worker may ask to stop. Returns the scored candidates
-    by name. Raises Stopped, after a checkpoint was committed, where it was asked to stop.
+    by name. Raises Stopped, after a checkpoint was committed, where it was asked to stop, and DataError before any
+    training where the starting weights are not what they are known to be.
     """
     run = _Run(recipe, world, loaders, store, tracker, should_stop)
     candidates = {"start": run.score("start", run.fresh_model, recalibrated=False)}
+    run.preflight(candidates["start"])
     state = run.resume()
     run.train(state)
     training = {"images": state.position, "seconds": state.seconds, "world_sizes": state.world_sizes}
-    candidates["last"] = run.score("last", lambda: state.model, recalibrated=False, training=training)
-    candidates["last_fresh"] = run.score("last_fresh", lambda: state.model, recalibrated=True)
-    average = {"iterates": state.average.ids, "regime": REPLICATED}
-    candidates["swa"] = run.score("swa", lambda: run.averaged(state), recalibrated=True, average=average)
+    candidates["last"] = run.score("last", lambda: run.last_iterate(state), recalibrated=False, training=training)
+    candidates["last_fresh"] = run.score("last_fresh", lambda: run.last_iterate(state), recalibrated=True)
+    ids = state.averages.ids()
+    for name, mean in state.averages.means(state.model).items():
+        facts = {"iterates": ids.get(name), "regime": recipe.average.sync}
+        make = functools.partial(run.averaged, name, mean)
+        candidates[name] = run.score(name, make, recalibrated=True, average=facts)
     return candidates
 
 
 def learning_rate(recipe: Recipe, num_train: int) -> Schedule:
-    chosen = recipe.schedule
-    plan: Schedule = (
-        schedules.Cyclical(chosen.max_lr, chosen.min_lr, chosen.cycle_epochs * num_train)
-        if isinstance(chosen, Cyclical)
-        else schedules.Constant(chosen.max_lr)
-    )
-    warmup_images = chosen.warmup_epochs * num_train
+    """The recipe's schedule over the images of a run."""
+    chosen, run_images = recipe.schedule, recipe.optim.epochs * num_train
+    plan: Schedule
+    if isinstance(chosen, Cyclical):
+        plan = schedules.Cyclical(chosen.max_lr, chosen.min_lr, recipe.cycle_epochs * num_train)
+    elif isinstance(chosen, Constant):
+        start_lr = chosen.lr if chosen.start_lr == "same" else chosen.start_lr
+        plan = schedules.Constant(chosen.lr, start_lr, Fraction(chosen.ramp_epochs) * num_train)
+    elif isinstance(chosen, Linear):
+        plan = schedules.Linear(chosen.max_lr, chosen.min_lr, run_images)
+    else:
+        plan = schedules.Cosine(chosen.max_lr, chosen.min_lr, run_images)
+    batches = recipe.data.global_batch / PAPER_GLOBAL_BATCH
+    factor = {"none": 1.0, "linear": batches, "sqrt": math.sqrt(batches)}[recipe.optim.scale_lr]
+    if factor != 1:
+        plan = schedules.Scaled(plan, factor)
+    warmup_images = Fraction(chosen.warmup_epochs) * num_train
     return schedules.WarmUp(plan, warmup_images) if warmup_images else plan
-
-
-def averaging_period(recipe: Recipe, num_train: int) -> int:
-    """Images between the iterates of the average: a cycle, or an epoch of a schedule without cycles."""
-    cycle = recipe.schedule.cycle_epochs if isinstance(recipe.schedule, Cyclical) else 1
-    return cycle * num_train
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,11 @@ class _Run:
     tracker: Tracker
     should_stop: Callable[[], bool]
 
+    @property
+    def local(self) -> bool:
+        """Whether each worker trains by itself."""
+        return self.recipe.average.sync == "local"
+
     def fresh_model(self) -> nn.Module:
         """Collective: the starting weights. Only rank 0 need see their file."""
         model = models.build(self.recipe.model, self.recipe.seed)
@@ -126,22 +139,31 @@ class _Run:
         model.load_state_dict(broadcast_tensors(self.world, model.state_dict()))
         return model
 
+    def preflight(self, start: Candidate) -> None:
+        """Compare the starting weights with what they are known to have, before anything is spent."""
+        found = preflight.check(start.outcomes.metrics()["top1"], self.loaders.num_val, self.recipe)
+        if found.problem is not None and self.recipe.evaluate.preflight == "stop":
+            raise found.problem
+        on_rank_zero(self.world, lambda: self.tracker.warn(found.sentence) if found.sentence else None)
+
     def resume(self) -> TrainState:
-        """Collective: the state of the newest valid checkpoint, or of the start."""
+        """Collective: the state of the newest valid checkpoint, of the run to be extended, or of the start."""
+        if self.local and self.world.size != self.recipe.average.num_replicas:
+            raise ConfigError(
+                f"`average.num_replicas` must be the number of workers ({self.world.size}) where `average.sync` is"
+                f" local, but is {self.recipe.average.num_replicas}. Run it on as many."
+            )
         model = self.fresh_model()
         optimizer = loop.sgd(model, models.head_names(model), self.recipe)
-        state = TrainState(model=model, optimizer=optimizer, average=WeightAverage())
-
-        def newest() -> tuple[Parts, dict[str, Any]] | None:
-            self.store.sweep(CHECKPOINTS)
-            name = self.store.newest(CHECKPOINTS, self.tracker.warn)
-            return load_entry(self.store, name) if name else None
-
-        found = newest() if self.world.rank == 0 else None
+        state = TrainState(model=model, optimizer=optimizer, averages=Averages(self.recipe.average))
+        found = self._newest_on_rank_zero()
         facts = on_rank_zero(self.world, lambda: found[1] if found else None)
         if facts is not None:
             names = on_rank_zero(self.world, lambda: list(found[0]) if found else [])
-            state.restore({n: broadcast_tensors(self.world, found[0][n] if found else None) for n in names}, facts)
+            parts = {n: broadcast_tensors(self.world, found[0][n] if found else None) for n in names}
+            own = f"replica{self.world.rank}."
+            parts |= {n.removeprefix(own): tensors for n, tensors in parts.items() if n.startswith(own)}
+            state.restore(parts, facts)
             on_rank_zero(self.world, lambda: self.tracker.publish(state.rows))
         state.world_sizes.append(self.world.size)
         return state
@@ -152,15 +174,12 @@ class _Run:
         end = recipe.optim.epochs * num_train
         if state.position >= end:
             return
-        network = world.wrap(state.model)
         state.model.train()
-        # DDP settles its gradient buckets, and so the order of its sums, after a first backward pass: have that behind
-        # us, so that a resumed run adds up in the order of an undisturbed one.
-        for _ in range(2):
-            loop.take_part(state.model, network, recipe, world)
-        state.optimizer.zero_grad()
-        if recipe.average.include_start and state.position == 0:
+        network = state.model if self.local else self._wrapped(state)
+        if state.position == 0 and recipe.average.include_start:
             self._collect(state)
+        if state.position % num_train == 0:
+            state.averages.epoch_ended(state.position // num_train)
         running, tallies = RunningStatistics(state.model, world), _Tallies(world)
         while state.position < end:
             self._epoch(state, network, running, tallies, end)
@@ -168,34 +187,23 @@ class _Run:
             if state.position < end and self._asked_to_stop():
                 self._stop(state.position)
 
-    def _epoch(
-        self, state: TrainState, network: nn.Module, running: RunningStatistics, tallies: "_Tallies", end: int
-    ) -> None:
-        recipe, world, num_train = self.recipe, self.world, self.loaders.num_train
-        epoch = state.position // num_train
-        batches = self.loaders.train(epoch, state.position - epoch * num_train)
-        schedule = learning_rate(recipe, num_train)
-        period = averaging_period(recipe, num_train)
-        tallies.begin_epoch()
-        running.split()
-        for number, info in enumerate(loop.steps(state, network, running, batches, schedule, recipe, world), start=1):
-            tallies.add(info.tally)
-            if crosses(info.start, info.stop, period) and info.stop > recipe.average.start_epoch * num_train:
-                self._collect(state)
-            last = info.stop == (epoch + 1) * num_train
-            if last or number % recipe.tracking.log_every_steps == 0:
-                self._row(state, tallies.take_steps(), info.lr)
-            if world.rank == 0:
-                note = f"epoch {epoch + 1}/{recipe.optim.epochs}, learning rate {info.lr:.2g}, {tallies.loss}"
-                self.tracker.progress("train", info.stop, end, note)
-            if not last and number % _STOP_EVERY_STEPS == 0 and self._asked_to_stop():
-                running.settle()
-                state.seconds += tallies.seconds
-                self._commit(state)
-                self._stop(state.position)
-        running.settle()
-        state.seconds += tallies.seconds
-        self._row(state, tallies.take_epoch(), None)
+    def last_iterate(self, state: TrainState) -> nn.Module:
+        """Collective: the last iterate; where each worker has its own, rank 0's."""
+        model = models.build(self.recipe.model, self.recipe.seed).to(self.world.device)
+        model.load_state_dict(broadcast_tensors(self.world, state.model.state_dict()))
+        return model
+
+    def averaged(self, name: str, mean: dict[str, Tensor]) -> nn.Module:
+        """Collective: a model with an average's weights, which an all-reduce proves to be the same on all workers."""
+        model = models.build(self.recipe.model, self.recipe.seed).to(self.world.device)
+        model.load_state_dict(mean)
+        spread = replicas.spread_of(parameters_of(model), self.world)
+        if spread != 0:
+            raise NumericsError(
+                f"replicas of {name} must be equal, but differ by up to {spread:g}. A worker's memory or arithmetic is"
+                " at fault; run again, if need be without that machine."
+            )
+        return model
 
     def score(self, name: str, make: Callable[[], nn.Module], *, recalibrated: bool, **facts: Any) -> Candidate:
         """Collective: score the weights that `make` gives and keep both, or read what an earlier attempt kept."""
@@ -207,8 +215,11 @@ class _Run:
         model = make()
         if recalibrated:
             began = time.monotonic()
-            num_images = self._recalibration_images()
-            report = recalibrate(model, self._reported(f"recalibrate {name}", num_images), self.world)
+            report = recalibrate_as(
+                self.recipe, model, self.loaders, self.world, functools.partial(self._progress, f"recalibrate {name}")
+            )
+            if report.num_layers == 0:
+                on_rank_zero(self.world, lambda: self.tracker.warn(f"{name} has no BatchNorm to recalibrate."))
             facts["recalibration"] = asdict(report) | {"seconds": time.monotonic() - began}
         began = time.monotonic()
         outcomes = evaluate(
@@ -217,7 +228,7 @@ class _Run:
             self.loaders.num_val,
             self.recipe,
             self.world,
-            lambda done: self._progress(f"evaluate {name}", min(done, self.loaders.num_val), self.loaders.num_val),
+            functools.partial(self._progress, f"evaluate {name}"),
         )
         facts["evaluation"] = {"num_images": self.loaders.num_val, "seconds": time.monotonic() - began}
         candidate = Candidate(name=name, outcomes=outcomes, facts=facts)
@@ -225,18 +236,96 @@ class _Run:
         on_rank_zero(self.world, lambda: save_entry(self.store, candidate.entry, parts, facts))
         return candidate
 
-    def averaged(self, state: TrainState) -> nn.Module:
-        """Collective: the model with the average's weights, which are proved to be the same on all workers."""
-        average = state.average.mean()
-        spread = self._spread({name: average[name] for name, _ in state.model.named_parameters()})
-        if spread != 0:
-            raise NumericsError(
-                f"replicas of the average must be equal, but differ by up to {spread:g}. A worker's memory or"
-                " arithmetic is at fault; run again, if need be without that machine."
+    def _epoch(
+        self, state: TrainState, network: nn.Module, running: RunningStatistics, tallies: "_Tallies", end: int
+    ) -> None:
+        recipe, world, num_train = self.recipe, self.world, self.loaders.num_train
+        epoch = state.position // num_train
+        batches = self.loaders.train(epoch, state.position - epoch * num_train)
+        schedule = learning_rate(recipe, num_train)
+        tallies.begin_epoch()
+        running.split()
+        steps = loop.steps(state, network, running, batches, schedule, recipe, world)
+        for number, info in enumerate(steps, start=1):
+            tallies.add(info.tally)
+            self._average(state, info)
+            last = info.stop == (epoch + 1) * num_train
+            if last or number % recipe.tracking.log_every_steps == 0:
+                self._row(state, tallies.take_steps() | {"train/lr": info.lr})
+            if world.rank == 0:
+                note = f"epoch {epoch + 1}/{recipe.optim.epochs}, learning rate {info.lr:.2g}, {tallies.loss}"
+                self.tracker.progress("train", info.stop, end, note)
+            if not last and number % _STOP_EVERY_STEPS == 0 and self._asked_to_stop():
+                running.settle()
+                state.seconds += tallies.seconds
+                self._commit(state)
+                self._stop(state.position)
+        running.settle()
+        state.seconds += tallies.seconds
+        state.averages.epoch_ended(epoch + 1)
+        self._row(state, tallies.take_epoch())
+
+    def _average(self, state: TrainState, info: loop.StepInfo) -> None:
+        """Collective: what the averages take from a step, and the meeting of replicas that train by themselves."""
+        recipe, num_train = self.recipe, self.loaders.num_train
+        after_start = info.stop > recipe.average.start_epoch * num_train
+        if after_start:
+            state.averages.step(state.model, info.stop, (info.stop - info.start) / recipe.data.global_batch)
+        if after_start and crosses(info.start, info.stop, recipe.averaging_epochs * num_train):
+            self._collect(state)
+        every = recipe.average.sync_every
+        if self.local and every != "never" and crosses(info.start, info.stop, every * recipe.data.global_batch):
+            replicas.synchronise_(state.model, state.optimizer, self.world)
+
+    def _collect(self, state: TrainState) -> None:
+        """Collective: take the weights into the average: the mean over replicas that train by themselves, or else the
+        weights of all, once they are proved to be the same."""
+        weights = parameters_of(state.model)
+        if self.local:
+            spread = replicas.spread_of(weights, self.world)
+            self._row(state, {"average/spread": spread})
+            weights = replicas.mean_of(weights, self.world)
+        else:
+            agree(self.world, _digest(weights), f"the weights at image {state.position}")
+            self._row(state, {"average/spread": 0.0})
+        state.averages.collect(weights, buffers_of(state.model), id=state.position)
+
+    def _wrapped(self, state: TrainState) -> nn.Module:
+        """Collective. DDP settles its gradient buckets, and so the order of its sums, after a first backward pass: have
+        that behind us, so that a resumed run adds up in the order of an undisturbed one."""
+        network = self.world.wrap(state.model)
+        for _ in range(2):
+            loop.take_part(state.model, network, self.recipe, self.world)
+        state.optimizer.zero_grad()
+        return network
+
+    def _newest_on_rank_zero(self) -> tuple[Parts, dict[str, Any]] | None:
+        """Collective: large, so it stays on rank 0; an error there is everyone's."""
+        kept: list[tuple[Parts, dict[str, Any]]] = []
+
+        def read() -> None:
+            found = self._newest()
+            if found is not None:
+                kept.append(found)
+
+        on_rank_zero(self.world, read)
+        return kept[0] if kept else None
+
+    def _newest(self) -> tuple[Parts, dict[str, Any]] | None:
+        self.store.sweep(CHECKPOINTS)
+        self.store.sweep(CANDIDATES)
+        name = self.store.newest(CHECKPOINTS, self.tracker.warn)
+        if name is not None:
+            return load_entry(self.store, name)
+        if self.recipe.checkpoint.extend_from == "nothing":
+            return None
+        shorter = Store(Path(self.recipe.checkpoint.extend_from))
+        names = shorter.names(CHECKPOINTS)
+        if not names:
+            raise CheckpointError(
+                f"`checkpoint.extend_from` must be the folder of a finished run, but {shorter.root} has no checkpoints."
             )
-        model = models.build(self.recipe.model, self.recipe.seed).to(self.world.device)
-        model.load_state_dict(average)
-        return model
+        return load_entry(shorter, names[-1])
 
     def _scored(self, name: str) -> Candidate | None:
         entry = f"{CANDIDATES}/{name}"
@@ -250,32 +339,29 @@ class _Run:
             return None
         return Candidate(name=name, outcomes=Outcomes.of(parts["outcomes"]), facts=facts)
 
-    def _collect(self, state: TrainState) -> None:
-        """Collective: take the weights into the average, once they are proved to be the same on all workers."""
-        agree(self.world, _digest(state.model), f"the weights at image {state.position}")
-        state.average.collect(state.model, id=state.position)
-
-    def _spread(self, tensors: dict[str, Tensor]) -> float:
-        """Collective: the largest difference between workers of any element: all-reduced maxima of x and of -x."""
-        largest = [self.world.max_(torch.stack([t, -t])).sum(0).max() for t in tensors.values()]
-        return float(torch.stack(largest).max())
-
     def _commit(self, state: TrainState) -> None:
         """Collective: one checkpoint; then its metrics are out for good, and older checkpoints go."""
+        parts = state.parts()
+        if self.local:
+            for rank in range(self.world.size):
+                for part, tensors in state.own_parts().items():
+                    sent = broadcast_tensors(self.world, tensors, source=rank)
+                    if self.world.rank == 0:
+                        parts[f"replica{rank}.{part}"] = {n: t.cpu().clone() for n, t in sent.items()}
 
         def commit() -> None:
-            save_entry(self.store, f"{CHECKPOINTS}/{state.position:012d}", state.parts(), state.facts())
+            save_entry(self.store, f"{CHECKPOINTS}/{state.position:012d}", parts, state.facts())
             self.tracker.publish(state.rows)
             for name in self.store.names(CHECKPOINTS)[: -self.recipe.checkpoint.keep_last]:
                 self.store.remove(name)
 
         on_rank_zero(self.world, commit)
 
-    def _row(self, state: TrainState, metrics: dict[str, float], lr: float | None) -> None:
+    def _row(self, state: TrainState, metrics: dict[str, float]) -> None:
         if not all(math.isfinite(value) for value in metrics.values()):
             raise NumericsError(
                 f"the loss must be finite, but is not at image {state.position}"
-                f" (epoch {state.position / self.loaders.num_train:.2f}). Lower `schedule.max_lr`; the last good"
+                f" (epoch {state.position / self.loaders.num_train:.2f}). Lower the learning rate; the last good"
                 " checkpoint is kept."
             )
         state.rows.append(
@@ -283,20 +369,9 @@ class _Run:
                 "position": state.position,
                 "epoch": state.position / self.loaders.num_train,
                 "time_ms": time.time_ns() // 1_000_000,
-                "metrics": metrics | ({} if lr is None else {"train/lr": lr}),
+                "metrics": metrics,
             }
         )
-
-    def _recalibration_images(self) -> int:
-        wanted = self.recipe.recalibrate.images
-        return self.loaders.num_train if wanted == "all" else min(wanted, self.loaders.num_train)
-
-    def _reported(self, phase: str, num_images: int) -> Iterator[Tensor]:
-        done = 0
-        for group in self.loaders.recalibration(num_images):
-            yield group.images
-            done += len(group.images)
-            self._progress(phase, min(done * self.world.size, num_images), num_images)
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         if self.world.rank == 0:
@@ -355,9 +430,9 @@ class _Tallies:
         }
 
 
-def _digest(model: nn.Module) -> str:
-    """SHA-256 of the parameters, 16 digits of it."""
+def _digest(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of the weights, 16 digits of it."""
     digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    for name in sorted(weights):
+        digest.update(weights[name].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -39,14 +39,22 @@ def steps(
 ) -> Iterator[StepInfo]:
     """Train on `batches`, one optimizer step for each. `network` is `state.model` as `world.wrap` gave it.
 
-    Collective. `running` must be split; the caller settles it before BatchNorm's running statistics are read.
+    With `average.sync: local` it is `state.model` itself: each worker steps on the mean over its own share of
+    the batch, or not at all if it has none. Otherwise collective. `running` must be split; the caller settles it before
+    BatchNorm's running statistics are read.
     """
+    local = recipe.average.sync == "local"
     for batch in batches:
         start, stop = state.position, state.position + batch.num_images
         lr = schedule.rate(start, stop)
         for parameters in state.optimizer.param_groups:
             parameters["lr"] = lr * parameters["lr_multiplier"]
         tally = torch.zeros(3, dtype=torch.float64, device=world.device)
+        if local:
+            weight = 1 / max(1, sum(len(group.labels) for group in batch.groups))
+        else:
+            # DDP takes the workers' mean, whatever their shares: this makes it the mean over the images.
+            weight = world.size / batch.num_images
         others = 0  # groups of this batch that other workers run and `running` has decayed for
         for i, group in enumerate(batch.groups):
             number = world.rank + i * world.size  # of the group in the global batch
@@ -59,18 +67,18 @@ def steps(
                 losses = F.cross_entropy(
                     logits, group.labels, reduction="none", label_smoothing=recipe.optim.label_smoothing
                 )
-                # DDP takes the workers' mean, whatever their shares: this makes it the mean over the images.
-                torch.autograd.backward(losses.sum() * (world.size / batch.num_images))
+                torch.autograd.backward(losses.sum() * weight)
             with torch.no_grad():
                 correct = logits.argmax(1) == group.labels
                 tally += torch.stack(
                     [losses.sum().double(), correct.sum().double(), torch.ones_like(losses).sum().double()]
                 )
         running.skip(batch.num_groups - len(batch.groups) - others)
-        if not batch.groups:
+        if not batch.groups and not local:
             take_part(state.model, network, recipe, world)
-        state.optimizer.step()
-        state.optimizer.zero_grad()
+        if batch.groups or not local:
+            state.optimizer.step()
+            state.optimizer.zero_grad()
         state.position = stop
         yield StepInfo(start=start, stop=stop, lr=lr, tally=tally)
 

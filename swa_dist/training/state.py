@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from swa_dist.errors import CheckpointError
-from swa_dist.method.averaging import WeightAverage
 from swa_dist.storage import Store
+from swa_dist.training.averages import Averages, Parts
 
-SCHEMA = 1
+SCHEMA = 2
 
 _SUFFIX = ".safetensors"
 _FACTS = "facts.json"
-_AVERAGE_PARTS = ("sum", "compensation", "buffers")
 
 Row = dict[str, Any]
 """Metrics with the position they belong to and the time they were taken, which is theirs for good:
@@ -28,7 +27,7 @@ Row = dict[str, Any]
 class TrainState:
     model: nn.Module
     optimizer: torch.optim.SGD
-    average: WeightAverage
+    averages: Averages
     position: int = 0
     """Images of the run so far, over all epochs."""
     rows: list[Row] = field(default_factory=list)
@@ -38,23 +37,24 @@ class TrainState:
     world_sizes: list[int] = field(default_factory=list)
     """The number of workers of each attempt that committed; more than one value: the run is not bitwise repeatable."""
 
-    def parts(self) -> dict[str, dict[str, Tensor]]:
-        average = self.average.state_dict()
-        return {"model": self.model.state_dict(), "momentum": self._momentum()} | {
-            f"average_{part}": average[part] for part in _AVERAGE_PARTS
-        }
+    def parts(self) -> Parts:
+        return self.own_parts() | self.averages.parts()
+
+    def own_parts(self) -> Parts:
+        """What the workers don't share where each trains by itself."""
+        return {"model": self.model.state_dict(), "momentum": self._momentum()}
 
     def facts(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
             "position": self.position,
-            "average_ids": self.average.ids,
+            "averages": self.averages.facts(),
             "rows": self.rows,
             "seconds": self.seconds,
             "world_sizes": self.world_sizes,
         }
 
-    def restore(self, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+    def restore(self, parts: Parts, facts: dict[str, Any]) -> None:
         """Become the state that had these. Raises CheckpointError for those of another version."""
         if facts["schema"] != SCHEMA:
             raise CheckpointError(
@@ -65,8 +65,7 @@ class TrainState:
         parameters = dict(self.model.named_parameters())
         for name, tensor in parts["momentum"].items():
             self.optimizer.state[parameters[name]]["momentum_buffer"] = tensor
-        average = {part: parts[f"average_{part}"] for part in _AVERAGE_PARTS}
-        self.average.load_state_dict(average | {"ids": facts["average_ids"]})
+        self.averages.restore(parts, facts["averages"])
         self.position = facts["position"]
         self.rows = list(facts["rows"])
         self.seconds = facts["seconds"]
@@ -78,7 +77,7 @@ class TrainState:
         return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
 
-def save_entry(store: Store, name: str, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+def save_entry(store: Store, name: str, parts: Parts, facts: dict[str, Any]) -> None:
     """Commit tensors, a .safetensors file for each part, and JSON facts as one entry."""
 
     def fill(folder: Path) -> None:
@@ -90,7 +89,7 @@ def save_entry(store: Store, name: str, parts: dict[str, dict[str, Tensor]], fac
     store.commit(name, fill)
 
 
-def load_entry(store: Store, name: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def load_entry(store: Store, name: str) -> tuple[Parts, dict[str, Any]]:
     """The parts' tensors, on the CPU, and the facts of a committed entry. Verified: raises CheckpointError."""
     folder = store.open(name)
     facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))

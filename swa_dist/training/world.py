@@ -34,8 +34,8 @@ class World(Protocol):
     def max_(self, tensor: Tensor) -> Tensor:
         """Collective: the largest of each element over all workers, in place."""
 
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Collective: overwrite `tensor` with rank 0's."""
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Collective: overwrite `tensor` with that of the worker `source`."""
 
     def gather(self, value: Any) -> list[Any]:
         """Collective: every worker's picklable `value`, by rank, on every worker. For small values."""
@@ -58,7 +58,7 @@ class SoloWorld:
     def max_(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def broadcast_(self, tensor: Tensor) -> Tensor:
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -84,8 +84,8 @@ class TorchWorld:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        dist.broadcast(tensor, src=0)
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        dist.broadcast(tensor, src=source)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -136,13 +136,14 @@ def on_rank_zero(world: World, work: Callable[[], T]) -> T:
     return value  # type: ignore[no-any-return]
 
 
-def broadcast_tensors(world: World, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """Collective: rank 0's `tensors`, on every worker's device. What the others give is not looked at."""
-    spec = on_rank_zero(world, lambda: {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
+def broadcast_tensors(world: World, tensors: dict[str, Tensor] | None, source: int = 0) -> dict[str, Tensor]:
+    """Collective: the `tensors` of one worker on every worker's device. What the others give is not looked at."""
+    own = tensors if world.rank == source and tensors is not None else {}
+    spec = world.gather({name: (t.shape, t.dtype) for name, t in own.items()})[source]
     sent: dict[str, Tensor] = {}
     for name, (shape, dtype) in spec.items():
-        own = tensors[name].to(world.device) if world.rank == 0 and tensors else None
-        sent[name] = world.broadcast_(torch.empty(shape, dtype=dtype, device=world.device) if own is None else own)
+        given = own[name].to(world.device) if name in own else torch.empty(shape, dtype=dtype, device=world.device)
+        sent[name] = world.broadcast_(given, source)
     return sent
 
 

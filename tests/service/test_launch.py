@@ -135,7 +135,7 @@ def test_mlflow_away_the_run_goes_on_and_replay_delivers(
         (run,) = client.search_runs([client.get_experiment_by_name("swa_dist").experiment_id])
         assert run.info.status == "FINISHED"
         assert [m.step for m in client.get_metric_history(run.info.run_id, "epoch/loss")] == [400]
-        assert client.get_model_version_by_alias("digits-resnet", "champion").version == "1"
+        assert str(client.get_model_version_by_alias("digits-resnet", "champion").version) == "1"
         assert summary_in(tmp_path)["registered"]["champion"]
     finally:
         os.killpg(server.pid, signal.SIGTERM)

@@ -148,6 +148,6 @@ def test_again_is_another_attempt_with_another_mlflow_run_and_the_champion_stays
     assert len(first.runs) == 2
     assert after["registered"]["version"] == "2"
     assert "@champion stays version 1" in after["registered"]["why"]
-    assert first.client.get_model_version_by_alias("digits-resnet", "champion").version == "1"
+    assert str(first.client.get_model_version_by_alias("digits-resnet", "champion").version) == "1"
     for name, metrics in before["candidates"].items():
         assert after["candidates"][name]["top1"] == pytest.approx(metrics["top1"], abs=0.3)

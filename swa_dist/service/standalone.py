@@ -1,0 +1,83 @@
+"""A weights file by itself, outside a run: what it scores, and fresh BatchNorm statistics for it."""
+
+import functools
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from swa_dist import config, models
+from swa_dist.config import Recipe
+from swa_dist.data import index
+from swa_dist.data.dali import DaliLoaders
+from swa_dist.errors import ConfigError, DataError
+from swa_dist.service.progress import Display
+from swa_dist.storage import write_atomic
+from swa_dist.training.evaluate import evaluate
+from swa_dist.training.recalibrate import recalibrate_as
+from swa_dist.training.world import SoloWorld
+
+_RECIPE = "recipe.yaml"
+
+
+def recipe_beside(weights: Path) -> Path:
+    """The recipe of the run whose folder `weights` lies in. Raises ConfigError where it lies in none."""
+    for folder in weights.resolve().parents:
+        if (folder / _RECIPE).is_file():
+            return folder / _RECIPE
+    raise ConfigError(f"`--recipe` must be given for weights outside a run's folder, but is not, for {weights}.")
+
+
+def evaluate_file(weights: Path, data: Path, recipe: Recipe, display: Display) -> dict[str, Any]:
+    """The metrics of the weights on a folder of class folders, as a run with this recipe would find them."""
+    world = _world()
+    model, loaders = _opened(weights, data, recipe, world, display)
+    outcomes = evaluate(
+        model,
+        loaders.validation(),
+        loaders.num_val,
+        recipe,
+        world,
+        functools.partial(display.progress, "evaluate"),
+    )
+    return {"weights": str(weights), "data": str(data), "num_images": loaders.num_val} | outcomes.metrics()
+
+
+def recalibrate_file(weights: Path, data: Path, out: Path, recipe: Recipe, display: Display) -> dict[str, Any]:
+    """Write the weights, with BatchNorm statistics of the images in a folder of class folders, to `out`."""
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"`--out` must be a .safetensors file, but is {out}.")
+    world = _world()
+    model, loaders = _opened(weights, data, recipe, world, display)
+    report = recalibrate_as(recipe, model, loaders, world, functools.partial(display.progress, "recalibrate"))
+    if report.num_layers == 0:
+        display.say(f"note: {recipe.model.arch} has no BatchNorm; {out} holds the weights as they were")
+    write_atomic(out, safetensors.torch.save({name: t.cpu() for name, t in model.state_dict().items()}))
+    return {"weights": str(weights), "data": str(data), "out": str(out)} | asdict(report)
+
+
+def _world() -> SoloWorld:
+    return SoloWorld(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
+def _opened(
+    weights: Path, data: Path, recipe: Recipe, world: SoloWorld, display: Display
+) -> tuple[nn.Module, DaliLoaders]:
+    if not weights.is_file():
+        raise ConfigError(f"`MODEL` must be a weights file, but {weights} does not exist.")
+    local = config.replace(recipe, **{"model.weights": str(weights), "model.head": "keep"})
+    model = models.build(local.model, local.seed)
+    models.load(model, local.model)
+    found = index.scan(data.resolve(), data.name, functools.partial(display.progress, "index"))
+    if len(found.classes) != recipe.model.num_classes:
+        raise DataError(
+            f"`DATA` must have the {recipe.model.num_classes} classes of the model, but {data} has"
+            f" {len(found.classes)}."
+        )
+    loaders = DaliLoaders(
+        found, found, recipe.data, recipe.seed, 0, 1, world.device, num_threads=torch.get_num_threads()
+    )
+    return model.to(world.device), loaders
