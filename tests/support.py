@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from swa_dist import config
 from swa_dist.config import Recipe
-from swa_dist.training.finetune import Tracker
+from swa_dist.training.ports import Tracker
 from swa_dist.training.state import Row
 from swa_dist.training.world import SoloWorld, TorchWorld, World
 

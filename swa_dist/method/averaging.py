@@ -41,7 +41,7 @@ class WeightAverage:
         """As `collect`, of parameters and buffers by name."""
         self._refuse([id])
         self._match(weights)
-        refuse_non_finite(weights, id)
+        _refuse_non_finite(weights, id)
         self._add({name: w.float() for name, w in weights.items()})
         self._buffers = {name: b.clone() for name, b in buffers.items()}
         self.ids.append(id)
@@ -138,7 +138,7 @@ class ExponentialAverage:
         if id <= self.last_id:
             raise NumericsError(f"`id` must be more than that of the last iterate ({self.last_id}), but is {id}.")
         weights = parameters_of(model)
-        refuse_non_finite(weights, id)
+        _refuse_non_finite(weights, id)
         if not self._sum:
             self._sum = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
         decay = self.decay**share
@@ -181,12 +181,16 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: b.detach() for name, b in model.named_buffers()}
 
 
-def refuse_non_finite(weights: Mapping[str, Tensor], id: int) -> None:
-    """Raise NumericsError naming the first parameter of the iterate that is not finite."""
-    finite = torch.stack([torch.isfinite(w).all() for w in weights.values()])
-    if not finite.all():
-        bad = [name for name, ok in zip(weights, finite.tolist(), strict=True) if not ok]
+def first_non_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of the first parameter that holds a NaN or an infinity. Waits for the device once."""
+    finite = torch.stack([torch.isfinite(w).all() for w in weights.values()]).tolist()
+    return next((name for name, ok in zip(weights, finite, strict=True) if not ok), None)
+
+
+def _refuse_non_finite(weights: Mapping[str, Tensor], id: int) -> None:
+    bad = first_non_finite(weights)
+    if bad is not None:
         raise NumericsError(
-            f"weights must be finite to be averaged, but `{bad[0]}` of iterate {id} is not"
-            f" ({len(bad)} of {len(weights)} parameters). The average was left as it was; lower the learning rate."
+            f"weights must be finite to be averaged, but `{bad}` of iterate {id} is not. The average was left as it"
+            " was; lower the learning rate."
         )

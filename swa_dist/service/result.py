@@ -15,8 +15,8 @@ from swa_dist.service.progress import Display
 from swa_dist.service.run import SUMMARY, Finished, Job
 from swa_dist.service.tracking import Spool
 from swa_dist.storage import Store, read_json, write_atomic
+from swa_dist.training.checkpoints import CANDIDATES
 from swa_dist.training.evaluate import Outcomes
-from swa_dist.training.finetune import CANDIDATES
 from swa_dist.training.state import load_entry
 
 _ORDER = ("start", "last", "last_fresh", "window", "ema", "swa")

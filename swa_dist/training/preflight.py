@@ -24,7 +24,7 @@ def check(top1: float, num_images: int, recipe: Recipe) -> Preflight:
     """
     published = recipe.evaluate.published_top1
     if recipe.model.head == "replace":
-        return Preflight("" if isinstance(published, str) else "preflight skipped: the head is a new one.")
+        return Preflight("the starting weights were not held against a published top-1: their head is a new one.")
     if isinstance(published, str):
         return Preflight("")
     share = published / 100

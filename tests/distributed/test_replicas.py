@@ -13,7 +13,8 @@ from swa_dist.errors import ConfigError
 from swa_dist.method.averaging import WeightAverage, buffers_of, parameters_of
 from swa_dist.storage import Store
 from swa_dist.training import replicas
-from swa_dist.training.finetune import CHECKPOINTS, finetune
+from swa_dist.training.checkpoints import CHECKPOINTS
+from swa_dist.training.finetune import finetune
 from swa_dist.training.world import World
 from tests import support
 from tests.distributed.test_results import distance, loaders, recipe_of, weights_of

@@ -19,7 +19,8 @@ from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.order import Batch
 from swa_dist.storage import Store
-from swa_dist.training.finetune import CHECKPOINTS, finetune
+from swa_dist.training.checkpoints import CHECKPOINTS
+from swa_dist.training.finetune import finetune
 from swa_dist.training.state import Row
 from swa_dist.training.world import World
 from tests import support

@@ -89,8 +89,14 @@ def test_an_imagenet_recipe_is_the_papers(name):
     assert (recipe.data.crop_area, recipe.data.flip) == ((0.08, 1.0), True)
     assert (recipe.optim.momentum, recipe.optim.weight_decay) == (0.9, 1e-4)
     assert recipe.optim.label_smoothing == 0
+    assert (recipe.data.kind, recipe.evaluate.preflight) == ("imagenet", "stop")
+    assert (recipe.optim.scale_lr, recipe.optim.head_lr_multiplier) == ("none", 1)
     assert recipe.schedule == config.Cyclical(name="cyclical", max_lr=1e-3, min_lr=1e-5, cycle_epochs=1)
-    assert recipe.average == config.Average(include_start=False, start_epoch=0)
+    # The paper's table has the average after 5 epochs and after 10: a run of 10 gives both.
+    assert recipe.average == config.Average(also_after_epochs=(5,) if epochs == "10" else ())
+    assert (recipe.average.include_start, recipe.average.start_epoch) == (False, 0)
+    assert (recipe.average.points, recipe.average.sync) == ("cycle", "replicated")
+    assert (recipe.recalibrate.transforms, recipe.recalibrate.second_pass) == ("train", "off")
     assert recipe.precision == "bf16"
     assert recipe.evaluate.candidate == "swa"
     assert recipe.recalibrate.images == "all"

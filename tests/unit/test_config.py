@@ -3,9 +3,12 @@
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from swa_dist import config
 from swa_dist.errors import ConfigError, ExitCode
@@ -17,6 +20,15 @@ TREE = {
     "optim": {"epochs": 6},
     "schedule": {"name": "cyclical", "max_lr": 0.05, "min_lr": 0.005},
     "registry": {"model": "small-resnet"},
+}
+
+# The other kinds of sections that have several: a base recipe for each.
+KINDS = {
+    "plain": {},
+    "constant": {"schedule": {"name": "constant", "lr": 0.05}},
+    "cosine": {"schedule": {"name": "cosine", "max_lr": 0.05, "min_lr": 0.005}},
+    "linear": {"schedule": {"name": "linear", "max_lr": 0.05, "min_lr": 0.005}},
+    "ema": {"average.ema": {"decay": 0.99}},
 }
 
 # A valid other value for every field that decides the result.
@@ -38,14 +50,36 @@ OTHER = {
     "optim.weight_decay": 0.0,
     "optim.label_smoothing": 0.1,
     "optim.head_lr_multiplier": 10.0,
+    "optim.scale_lr": "linear",
+    "schedule.lr": 0.06,
+    "schedule.start_lr": 0.01,
+    "schedule.ramp_epochs": 0.5,
     "schedule.max_lr": 0.06,
     "schedule.min_lr": 0.004,
     "schedule.cycle_epochs": 2,
     "schedule.warmup_epochs": 0.5,
+    "average.points": 3,
     "average.include_start": True,
     "average.start_epoch": 2,
+    "average.also_after_epochs": [3],
+    "average.window": 2,
+    "average.ema": {"decay": 0.9},
+    "average.ema.decay": 0.9,
+    "average.keep_iterates": 1,
+    "average.sync": "local",
+    "average.num_replicas": 2,
+    "average.sync_every": 10,
     "recalibrate.images": 100,
+    "recalibrate.error_below": 0.02,
+    "recalibrate.transforms": "eval",
+    "recalibrate.second_pass": "apply",
     "evaluate.candidate": "last",
+}
+
+# What must be so for a field of OTHER to have another value, of the recipe before and after.
+WHERE = {
+    "average.num_replicas": ({"average.sync": "local"}, {"cluster.num_workers": 2}),
+    "average.sync_every": ({"average.sync": "local"}, {}),
 }
 
 # A valid other value for every field that says where things are and how they are run.
@@ -54,10 +88,14 @@ ELSEWHERE = {
     "model.weights": "/elsewhere/start.pth",
     "model.weights_sha256": "0" * 64,
     "data.name": "numbers",
+    "data.kind": "imagenet",
     "data.train": "s3://bucket/train",
     "data.val": "/mnt/val",
     "data.num_threads": 7,
+    "evaluate.published_top1": 76.1,
+    "evaluate.preflight": "warn",
     "checkpoint.keep_last": 5,
+    "checkpoint.extend_from": "/mnt/runs/swa-0123456789ab",
     "tracking.uri": "https://mlflow.example:5000",
     "tracking.experiment": "another",
     "tracking.log_every_steps": 1,
@@ -120,14 +158,27 @@ def test_a_misspelt_key_gives_the_likely_one(recipe_file, misspelt, meant):
 
 
 def test_a_key_like_no_other_lists_those_of_its_section(recipe_file):
-    message = refusal(recipe_file, ["checkpoint.zzz=3"])
-    assert "`checkpoint.zzz` is not a setting; known here: keep_last." in message
+    message = refusal(recipe_file, ["output.zzz=3"])
+    assert "`output.zzz` is not a setting; known here: dir." in message
 
 
 def test_a_key_of_the_other_schedule_is_refused_with_those_of_this_one(recipe_file):
-    message = refusal(recipe_file, ["schedule={name: constant, max_lr: 0.1, cycle_epochs: 2}"])
-    assert "`schedule.cycle_epochs` is not a setting" in message
-    assert "min_lr" not in message
+    message = refusal(recipe_file, ["schedule={name: constant, lr: 0.1, qqq: 2}"])
+    assert "`schedule.qqq` is not a setting; known here: lr, name, ramp_epochs, start_lr, warmup_epochs." in message
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("average.ema={decay: 2}", "`average.ema.decay` must be less than 1, but is 2."),
+        ("average.ema={dcay: 0.9, decay: 0.9}", "`average.ema.dcay` is not a setting; did you mean `decay`?"),
+        ("average.ema={}", "`average.ema.decay` is missing."),
+    ],
+)
+def test_a_mistake_in_an_optional_section_is_explained_in_one_sentence(recipe_file, override, sentence):
+    message = refusal(recipe_file, [override])
+    assert sentence in message
+    assert "1 problem" in message
 
 
 def test_three_mistakes_in_one_file_are_all_named_in_one_error(recipe, write):
@@ -162,7 +213,17 @@ def test_a_field_that_takes_a_word_or_a_number_is_explained_in_one_sentence(reci
         ("data.flip=yes", "boolean"),  # YAML 1.2: only true and false are
         ("seed=-1", "greater than or equal to 0"),
         ("precision=fp16", "'float32' or 'bf16'"),
-        ("schedule.name=cosine", "one of 'cyclical', 'constant'"),
+        ("schedule.name=cosinus", "one of 'cyclical', 'constant', 'cosine', 'linear'"),
+        ("schedule.cycle_epochs=0", "greater than 0"),
+        ("optim.scale_lr=log", "'none', 'linear' or 'sqrt'"),
+        ("average.points=0", "'cycle' or 'epoch' or greater than or equal to 1"),
+        ("average.points=0.5", "'cycle' or 'epoch' or a valid integer"),
+        ("average.also_after_epochs=5", "array"),
+        ("average.sync_every=0", "'never' or greater than or equal to 1"),
+        ("recalibrate.images=some", "'all' or 'auto' or a valid integer"),
+        ("recalibrate.error_below=0", "greater than 0"),
+        ("evaluate.published_top1=101", "less than or equal to 100"),
+        ("data.kind=cifar", "'imagenet' or 'other'"),
         ("model.weights_sha256=abc", "like ^(auto|"),
         ("data.crop_area=[0.9, 0.1]", "0 < least <= most <= 1"),
         ("data.crop_ratio=[0, 1]", "0.01 <= least"),
@@ -257,7 +318,7 @@ def test_an_override_may_name_a_section_that_the_file_leaves_out(write):
             "model: {arch: resnet18, weights: w.pth}",
             "data: {name: d, train: t, val: v}",
             "optim: {epochs: 5}",
-            "schedule: {name: constant, max_lr: 0.1}",
+            "schedule: {name: constant, lr: 0.1}",
             "registry: {model: m}",
         )
     )
@@ -310,12 +371,139 @@ def test_a_group_larger_than_the_batch_is_refused(recipe):
     assert config.replace(recipe, **{"data.group_images": 64}).groups_per_batch == 1
 
 
-def test_a_cycle_that_does_not_divide_the_epochs_names_those_that_do(recipe):
-    with pytest.raises(ConfigError, match=r"`schedule\.cycle_epochs` must divide `optim\.epochs`") as caught:
+CYCLE_REMEDY = re.compile(r"([0-9.e+-]+) \((\d+) cycles?\)")
+
+
+def test_a_cycle_that_does_not_divide_the_epochs_names_the_nearest_that_do(recipe):
+    with pytest.raises(ConfigError, match=r"`schedule\.cycle_epochs` must divide `optim\.epochs` \(6\)") as caught:
         config.replace(recipe, **{"schedule.cycle_epochs": 4})
-    assert "These do: 1, 2, 3, 6." in str(caught.value)
-    for cycle in (1, 2, 3, 6):
-        assert config.replace(recipe, **{"schedule.cycle_epochs": cycle}).schedule.cycle_epochs == cycle
+    assert "Nearest: 6 (1 cycle) or 3 (2 cycles)." in str(caught.value)
+    for cycle in (0.25, 1, 1.5, 2, 3, 6):
+        assert config.replace(recipe, **{"schedule.cycle_epochs": cycle}).cycle_epochs == cycle
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(epochs=st.integers(1, 1000), cycle_epochs=st.floats(1e-3, 1000))
+def test_a_cycle_that_the_message_names_is_accepted_and_is_so_many_cycles(epochs, cycle_epochs):
+    base = TREE | {"optim": {"epochs": epochs}}
+    try:
+        config.from_tree(base | {"schedule": TREE["schedule"] | {"cycle_epochs": cycle_epochs}})
+    except ConfigError as error:
+        remedies = CYCLE_REMEDY.findall(str(error))
+    else:
+        assume(False)
+    assert remedies
+    for written, cycles in remedies:
+        mended = config.from_tree(base | {"schedule": TREE["schedule"] | {"cycle_epochs": float(written)}})
+        assert mended.cycle_epochs * int(cycles) == epochs
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5, 10, 300])
+@pytest.mark.parametrize(("written", "cycles"), [(0.333333, 3), (0.666667, 1.5), (0.166667, 6), (0.142857, 7)])
+def test_a_fraction_of_an_epoch_written_with_six_digits_is_that_fraction(recipe, epochs, written, cycles):
+    if epochs * cycles % 1:
+        epochs *= 2
+    cyclical = config.replace(recipe, **{"optim.epochs": epochs, "schedule.cycle_epochs": written})
+    assert cyclical.cycle_epochs * Fraction(cycles) == 1
+
+
+@pytest.mark.parametrize("cycle_epochs", [6.1, 1000, 5.999, 1e-320])
+def test_a_cycle_longer_than_the_run_or_unthinkably_short_is_refused(recipe, cycle_epochs):
+    with pytest.raises(ConfigError, match=r"`schedule\.cycle_epochs` must"):
+        config.replace(recipe, **{"schedule.cycle_epochs": cycle_epochs})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points", "epochs"),
+    [
+        ("plain", "cycle", Fraction(3)),
+        ("constant", "cycle", Fraction(1)),
+        ("cosine", "cycle", Fraction(1)),
+        ("plain", "epoch", Fraction(1)),
+        ("plain", 3, Fraction(1, 3)),
+    ],
+)
+def test_averaging_points_are_so_far_apart(recipe, schedule, points, epochs):
+    base = config.replace(recipe, **{"schedule.cycle_epochs": 3.0})
+    assert config.replace(base, **KINDS[schedule] | {"average.points": points}).averaging_epochs == epochs
+
+
+# Each pair: settings that contradict each other, the field the message names, and what it says to do.
+CONTRADICTIONS = {
+    "an average after the last epoch": (
+        {"average.also_after_epochs": [6]},
+        "average.also_after_epochs",
+        {"average.also_after_epochs": [5]},
+    ),
+    "an average before the first iterate": (
+        {"average.also_after_epochs": [4, 2], "average.start_epoch": 2},
+        "average.also_after_epochs",
+        {"average.also_after_epochs": [4, 3]},
+    ),
+    "an EMA that is not kept": (
+        {"evaluate.candidate": "ema"},
+        "evaluate.candidate",
+        {"average.ema": {"decay": 0.99}},
+    ),
+    "a window that is not kept": ({"evaluate.candidate": "window"}, "evaluate.candidate", {"average.window": 3}),
+    "replicas under DDP": ({"average.num_replicas": 2}, "average.num_replicas", {"average.num_replicas": 1}),
+    "meetings under DDP": ({"average.sync_every": 3}, "average.sync_every", {"average.sync_every": "never"}),
+    "fewer replicas than workers": (
+        {"average.sync": "local", "cluster.num_workers": 2},
+        "average.num_replicas",
+        {"average.num_replicas": 2},
+    ),
+    "more replicas than workers": (
+        {"average.sync": "local", "average.num_replicas": 3},
+        "average.num_replicas",
+        {"average.num_replicas": 1},
+    ),
+    "an EMA of replicas": (
+        {"average.sync": "local", "average.ema": {"decay": 0.99}},
+        "average.ema",
+        {"average.ema": "off"},
+    ),
+    "a ramp longer than the run": (
+        KINDS["constant"] | {"schedule.ramp_epochs": 6.5},
+        "schedule.ramp_epochs",
+        {"schedule.ramp_epochs": 6.0},
+    ),
+    "a cosine extended": (
+        KINDS["cosine"] | {"checkpoint.extend_from": "runs/shorter"},
+        "checkpoint.extend_from",
+        {"checkpoint.extend_from": "nothing"},
+    ),
+    "a line extended": (
+        KINDS["linear"] | {"checkpoint.extend_from": "runs/shorter"},
+        "checkpoint.extend_from",
+        {"checkpoint.extend_from": "nothing"},
+    ),
+    "a cosine that rises": (
+        KINDS["cosine"] | {"schedule.min_lr": 0.06},
+        "schedule.min_lr",
+        {"schedule.min_lr": 0.05},
+    ),
+    "a line that rises": (KINDS["linear"] | {"schedule.min_lr": 0.06}, "schedule.min_lr", {"schedule.min_lr": 0.05}),
+}
+
+
+@pytest.mark.parametrize(("fields", "named", "remedy"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_a_contradiction_is_named_once_and_what_it_says_to_do_mends_it(recipe, fields, named, remedy):
+    with pytest.raises(ConfigError) as caught:
+        config.replace(recipe, **fields)
+    message = str(caught.value)
+    assert f"`{named}`" in message
+    assert "1 problem\n" in message
+    for field in remedy:
+        assert f"`{field}`" in message
+    mended = config.flatten(config.to_tree(config.replace(recipe, **fields | remedy)))
+    assert mended.items() >= config.flatten(remedy).items()
+
+
+@pytest.mark.parametrize("kind", ["plain", "constant"])
+def test_a_schedule_that_does_not_depend_on_the_length_of_the_run_may_be_extended(recipe, kind):
+    fields = KINDS[kind] | {"checkpoint.extend_from": "runs/shorter"}
+    assert config.replace(recipe, **fields).checkpoint.extend_from == "runs/shorter"
 
 
 def test_a_start_epoch_that_leaves_nothing_to_average_is_refused(recipe):
@@ -368,7 +556,14 @@ def test_a_recipe_cannot_be_changed_in_place(recipe):
         recipe.optim.epochs = 7
 
 
-@pytest.mark.parametrize("fields", [{}, OTHER | {"cluster.num_workers": 2}, ELSEWHERE], ids=["plain", "other", "else"])
+ROUND_TRIPS = KINDS | {
+    "other": {name: OTHER[name] for name in config.flatten(config.to_tree(config.from_tree(TREE))) if name in OTHER}
+    | {"average.ema": "off", "cluster.num_workers": 2},
+    "elsewhere": ELSEWHERE,
+}
+
+
+@pytest.mark.parametrize("fields", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
 def test_a_recipe_round_trips_through_its_tree_and_its_yaml(recipe, write, fields):
     recipe = config.replace(recipe, **fields)
     assert config.from_tree(config.to_tree(recipe)) == recipe
@@ -400,12 +595,27 @@ def test_the_schema_allows_no_other_key_and_describes_every_section():
 # The run key
 
 
-def fields_in_key():
-    return sorted(name for name in config.flatten(config.to_tree(config.from_tree(TREE))) if config.in_key(name))
+def of_kind(kind):
+    return config.replace(config.from_tree(TREE), **KINDS[kind])
 
 
-def fields_not_in_key():
-    return sorted(name for name in config.flatten(config.to_tree(config.from_tree(TREE))) if not config.in_key(name))
+def field_names(kind, *, in_key):
+    flat = config.flatten(config.to_tree(of_kind(kind)))
+    return sorted(name for name in flat if config.in_key(name) is in_key)
+
+
+# Every field in the key, once: of the plain recipe, and those that only another kind of a section has.
+IN_KEY = [
+    pytest.param(kind, field, id=f"{kind}-{field}")
+    for kind in KINDS
+    for field in field_names(kind, in_key=True)
+    if field != "schedule.name" and (kind == "plain" or field.startswith(("schedule.", "average.ema")))
+]
+
+
+def test_every_kind_of_schedule_is_tried():
+    kinds = {of_kind(kind).schedule.name for kind in KINDS}
+    assert kinds == set(config.schema()["properties"]["schedule"]["discriminator"]["mapping"])
 
 
 def test_every_entry_of_not_in_key_is_a_field_or_a_section(recipe):
@@ -413,20 +623,22 @@ def test_every_entry_of_not_in_key_is_a_field_or_a_section(recipe):
     assert set(tree) | set(config.flatten(tree)) >= config.NOT_IN_KEY
 
 
-@pytest.mark.parametrize("field", [name for name in fields_in_key() if name != "schedule.name"])
-def test_the_key_changes_with_each_field_that_decides_the_result(recipe, field):
-    changed = config.replace(recipe, **{field: OTHER[field]})
+@pytest.mark.parametrize(("kind", "field"), IN_KEY)
+def test_the_key_changes_with_each_field_that_decides_the_result(kind, field):
+    before, after = WHERE.get(field, ({}, {}))
+    recipe = config.replace(of_kind(kind), **before)
+    changed = config.replace(recipe, **{field: OTHER[field]} | after)
     assert config.run_key(changed, "w", "d") != config.run_key(recipe, "w", "d")
 
 
 def test_the_key_changes_with_the_kind_of_schedule(recipe):
-    rates = {"max_lr": 0.05, "warmup_epochs": 0.0}
-    constant = config.replace(recipe, schedule={"name": "constant"} | rates)
-    flat = config.replace(recipe, schedule={"name": "cyclical", "min_lr": 0.05} | rates)
-    assert config.run_key(constant, "w", "d") != config.run_key(flat, "w", "d")
+    rates = {"max_lr": 0.05, "min_lr": 0.05, "warmup_epochs": 0.0}
+    schedules = [{"name": name} | rates for name in ("cyclical", "cosine", "linear")]
+    schedules.append({"name": "constant", "lr": 0.05})
+    assert len({config.run_key(config.replace(recipe, schedule=one), "w", "d") for one in schedules}) == 4
 
 
-@pytest.mark.parametrize("field", fields_not_in_key())
+@pytest.mark.parametrize("field", field_names("plain", in_key=False))
 def test_the_key_is_the_same_wherever_and_on_however_many_workers_it_runs(recipe, field):
     changed = config.replace(recipe, **{field: ELSEWHERE[field]})
     assert changed != recipe
