@@ -137,7 +137,7 @@ def index(
 
     found = _shown(
         lambda display: source.scan(
-            folder.resolve(), folder.name, lambda done, total: display.progress("index", done, total)
+            folder.resolve(), "FOLDER", lambda done, total: display.progress("index", done, total)
         )
     )
     if out is not None:

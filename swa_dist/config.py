@@ -99,7 +99,7 @@ class Cyclical:
     name: Literal["cyclical"]
     max_lr: Rate
     min_lr: Floor
-    cycle_epochs: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    cycle_epochs: Annotated[float, Field(ge=1e-6, le=1000)] = 1.0
     """Length of a cycle; 0.25 is four cycles an epoch. Must divide the run."""
     warmup_epochs: Epochs = 0.0
     """Over so many epochs at the start the rate is scaled up linearly from zero."""
@@ -187,9 +187,9 @@ class Recalibrate:
     """For `auto`: the sampling error of the means, in standard deviations, of the layer where it is largest."""
     transforms: Literal["train", "eval"] = "train"
     """Random crops as in training, or the centre crops of the evaluation."""
-    second_pass: Literal["off", "measure", "apply"] = "off"
+    second_pass: Literal["off", "measure", "remove"] = "off"
     """A pass with the fresh statistics in place: `measure` how much they depend on the grouping of the images, or
-    `apply` what it finds, which depends on it less."""
+    `remove` that, layer by layer: a pass for each BatchNorm layer."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
@@ -310,7 +310,7 @@ NOT_IN_KEY = frozenset(
     }
 )
 
-_WHOLE = 1e-6  # a third of an epoch, written as 0.333333, is still a whole number of cycles
+_WHOLE = 1e-5  # relative: a third of an epoch, written as 0.333333, still makes a whole number of cycles
 
 _ADAPTER = TypeAdapter(Recipe)
 
@@ -482,6 +482,8 @@ def _average_contradictions(r: Recipe) -> Iterable[str]:
                 f"`average.also_after_epochs` must be after `average.start_epoch` ({average.start_epoch}) and before"
                 f" `optim.epochs` ({epochs}), but has {after}."
             )
+    if list(average.also_after_epochs) != sorted(set(average.also_after_epochs)):
+        yield f"`average.also_after_epochs` must grow, but is {list(average.also_after_epochs)}."
     for name, on in (("ema", average.ema != "off"), ("window", average.window > 0)):
         if r.evaluate.candidate == name and not on:
             yield f"`evaluate.candidate` must be an average that the run keeps, but is {name}. Set `average.{name}`."
@@ -533,6 +535,8 @@ def _explain_all(errors: ValidationError) -> list[str]:
     """A sentence for each wrong setting. One that takes a word or a number fails once per kind, and is said once."""
     sentences: dict[str, str] = {}
     for error in errors.errors():
+        if error["type"] == "literal_error" and isinstance(error["input"], dict):
+            continue  # a section where a word would do as well: what is wrong with it is said of its fields
         name, sentence = _explain(error)
         if name in sentences and ", but is" in sentence:
             sentence = sentences[name].replace(
@@ -544,7 +548,7 @@ def _explain_all(errors: ValidationError) -> list[str]:
 
 def _explain(error: Mapping[str, Any]) -> tuple[str, str]:
     """The setting of one pydantic error, and a sentence, with the likely key for a misspelt one."""
-    where = [str(part) for part in error["loc"] if str(part) not in _SCHEDULES]
+    where = [str(part) for part in error["loc"] if str(part) not in {*_SCHEDULES, Ema.__name__}]
     # The kinds of a union are pydantic's names, not the person's.
     where = [part for part in where if not part.startswith(("literal[", "constrained-", "function-"))]
     name = ".".join(where)

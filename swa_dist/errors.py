@@ -60,6 +60,12 @@ class OutputError(SwaDistError):
     exit_code = ExitCode.OUTPUT
 
 
+class BusyError(SwaDistError):
+    """Another process is at it; try again later."""
+
+    exit_code = ExitCode.STOPPED
+
+
 class Stopped(SwaDistError):  # noqa: N818 - nothing went wrong: the run was asked to stop and can be resumed
     """The run was asked to stop; its state is committed and the same command resumes it."""
 

@@ -34,7 +34,12 @@ def build(model: Model, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network: nn.Module = torchvision.models.get_model(model.arch, weights=None, num_classes=model.num_classes)
-        return network
+    if getattr(network, "aux_logits", False) or not head_names(network):
+        raise ConfigError(
+            f"`model.arch` must be a classifier with one output and a linear last layer, but {model.arch} is not."
+            " ResNets, DenseNets, EfficientNets, ConvNeXts, ViTs and others are."
+        )
+    return network
 
 
 def load(network: nn.Module, model: Model) -> None:

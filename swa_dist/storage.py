@@ -2,16 +2,18 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from swa_dist.errors import CheckpointError, OutputError
+from swa_dist.errors import BusyError, CheckpointError, OutputError
 
 _MANIFEST = "manifest.json"
 _STAGING = ".staging-"
@@ -64,8 +66,31 @@ def writing(path: Path) -> Iterator[None]:
                 f"{path} must fit on its disk, but that is full. Free some space and run again."
             ) from None
         raise OutputError(
-            f"`output.dir` must be a folder that can be written, but writing {path} failed: {error.strerror}."
+            f"{path} must be where files can be written, but is not: {error.strerror}. Choose another place (of a run:"
+            " `output.dir`)."
         ) from None
+
+
+@contextlib.contextmanager
+def only_one(path: Path, what: str) -> Iterator[None]:
+    """Within the block this process alone holds the lock file `path`; it is let go even if the process is killed.
+
+    Raises BusyError, at once, naming `what` and the holder, where another process holds it.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise BusyError(f"{what} must not be running already, but is: {holder}. Wait for it, or stop it.") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 @contextlib.contextmanager

@@ -125,8 +125,12 @@ class DaliLoaders:
                 (images,) = pipeline.run()
             except RuntimeError as error:
                 raise _blame(index, ids[number : number + _PREFETCH + 1], error) from error
+            copied = torch.utils.dlpack.from_dlpack(images.as_tensor()).clone()
+            if copied.is_cuda:
+                # DALI writes its buffer again on a stream of its own: the copy must be done, not only begun.
+                torch.cuda.current_stream(self.device).synchronize()
             yield Group(
-                images=torch.utils.dlpack.from_dlpack(images.as_tensor()).clone(),  # DALI writes its buffers again
+                images=copied,
                 labels=torch.from_numpy(index.labels[group]).to(self.device),
                 ids=group,
             )

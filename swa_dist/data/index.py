@@ -25,6 +25,7 @@ _MAX_PIXELS = 50_000_000  # above it a file is taken for a decompression bomb
 _TAIL_BYTES = 4096
 _TRANSPOSED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap height and width
 _SHOWN = 10
+_READ_AHEAD = 4096
 _ORIENTATION = 0x0112  # of EXIF
 
 Progress = Callable[[int, int], None]
@@ -56,22 +57,23 @@ class Index:
 
 
 def scan(root: Path, split: str, progress: Progress | None = None) -> Index:
-    """Read a folder of class folders of images. `split` ("train") names it in errors.
+    """Read a folder of class folders of images. `split` ("train", "val" or a name of the caller's) names it in errors.
 
     Headers and file ends are read, in parallel, not pixels. Raises DataError for a folder that is missing or empty, a
     class without images, and naming the files that are empty, cut short or no images.
     """
+    named = f"data.{split}" if split in ("train", "val") else split
     if not root.is_dir():
-        raise DataError(f"`data.{split}` must be a folder of class folders, but {root} does not exist.")
+        raise DataError(f"`{named}` must be a folder of class folders, but {root} does not exist.")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise DataError(f"`data.{split}` must hold one folder per class, but {root} holds none.")
+        raise DataError(f"`{named}` must hold one folder per class, but {root} holds none.")
     files: list[tuple[str, int]] = []
     for label, name in enumerate(classes):
         found = sorted(f"{name}/{path}" for path in _images_under(root / name))
         if not found:
             raise DataError(
-                f"each class of `data.{split}` must have an image, but {root / name} has none"
+                f"each class of `{named}` must have an image, but {root / name} has none"
                 f" ({', '.join(sorted(EXTENSIONS))}). Add some, or remove the folder from train and val."
             )
         files += [(path, label) for path in found]
@@ -80,7 +82,7 @@ def scan(root: Path, split: str, progress: Progress | None = None) -> Index:
         shown = "".join(f"\n  {_printable(root / path)}: {why}" for path, why in bad[:_SHOWN])
         more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise DataError(
-            f"every file of `data.{split}` must be a whole image, but {len(bad)} of {len(files)} are not:{shown}{more}"
+            f"every file of `{named}` must be a whole image, but {len(bad)} of {len(files)} are not:{shown}{more}"
             "\n  Replace or remove them."
         )
     digest = hashlib.sha256(json.dumps([split, classes]).encode())
@@ -175,14 +177,16 @@ def _read_headers(
         concurrent.futures.ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool,
     ):
         warnings.simplefilter("ignore")
-        results = pool.map(lambda path: _read_header(root / path), paths, chunksize=64)
-        for done, (path, header) in enumerate(zip(paths, results, strict=True), start=1):
-            if isinstance(header, _Header):
-                headers.append(header)
-            else:
-                bad.append((path, header))
-            if progress is not None:
-                progress(done, len(paths))
+        for first in range(0, len(paths), _READ_AHEAD):  # map by itself would hold a future for each of a million files
+            some = paths[first : first + _READ_AHEAD]
+            results = pool.map(lambda path: _read_header(root / path), some)
+            for done, (path, header) in enumerate(zip(some, results, strict=True), start=first + 1):
+                if isinstance(header, _Header):
+                    headers.append(header)
+                else:
+                    bad.append((path, header))
+                if progress is not None:
+                    progress(done, len(paths))
     return headers, bad
 
 
@@ -207,9 +211,12 @@ def _read_header(path: Path) -> _Header | str:
                 return f"{width} x {height} pixels, more than {_MAX_PIXELS:,}"
             # The end-of-image marker can't occur in the compressed data, so without one the file was cut short. Pillow
             # has read up to that data; a thumbnail's marker comes before it.
-            end = b"\xff\xd9" if image.format == "JPEG" else b"IEND"
-            if end not in tail[max(0, file.tell() - (num_bytes - len(tail))) :]:
-                return "cut short"
+            end = b"IEND" if image.format == "PNG" else b"\xff\xd9"
+            data_start = file.tell()
+            if end not in tail[max(0, data_start - (num_bytes - len(tail))) :]:
+                file.seek(data_start)
+                if end not in file.read():  # phones put a film or a depth map after it
+                    return "cut short"
             orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return "not a JPEG or PNG image" if isinstance(error, UnidentifiedImageError) else str(error)

@@ -30,6 +30,11 @@ class Paired:
     """Of McNemar's exact test (McNemar 1947): as many wins as losses. Two-sided."""
 
     @property
+    def worse(self) -> bool:
+        """Whether the candidate is worse by more than chance would have it."""
+        return self.p_value < _LEVEL and self.high < 0
+
+    @property
     def shown(self) -> bool:
         """Whether the gain is more than chance would give."""
         return self.p_value < _LEVEL and self.low > 0
@@ -87,6 +92,11 @@ def verdict(against_start: Paired, against_control: Paired | None) -> Verdict:
         finding = f"{name} is better than plain fine-tuning, but not shown to be better than the start"
     else:
         finding = f"no evidence that {name} is better than the start or than plain fine-tuning"
+    if against_start.worse or against_control.worse:
+        than = [w for w, p in (("the start", against_start), ("plain fine-tuning", against_control)) if p.worse]
+        finding = f"{name} is worse than {' and than '.join(than)}" + (
+            ", though better than the start" if start else ""
+        )
     return Verdict(
         better_than_start=start,
         better_than_last=last,

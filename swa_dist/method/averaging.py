@@ -119,7 +119,8 @@ class ExponentialAverage:
     """The exponential moving average of the weights, bias-corrected as Adam's (Kingma and Ba 2015).
 
     It is the weighted mean of the iterates, of which each counts `decay` times less than the one after it; float32.
-    Each iterate has an id, and ids only grow.
+    Each iterate has an id, and ids only grow. Whether weights are finite is not looked at, which would make each step
+    wait for the device: `first_non_finite` of `state_dict()["sum"]` tells.
     """
 
     def __init__(self, decay: float) -> None:
@@ -127,46 +128,37 @@ class ExponentialAverage:
         self.last_id = -1
         self._weight = 0.0
         self._sum: dict[str, Tensor] = {}
-        self._buffers: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def collect(self, model: nn.Module, id: int, share: float = 1.0) -> None:
         """Take in the weights of `model`, decaying those before by decay ** share.
 
-        Raises NumericsError, and leaves the average as it was, where the id is not a new one or a weight is not finite.
+        Raises NumericsError, and leaves the average as it was, where the id is not a new one.
         """
         if id <= self.last_id:
             raise NumericsError(f"`id` must be more than that of the last iterate ({self.last_id}), but is {id}.")
         weights = parameters_of(model)
-        _refuse_non_finite(weights, id)
         if not self._sum:
             self._sum = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
         decay = self.decay**share
         torch._foreach_lerp_(list(self._sum.values()), [weights[name].float() for name in self._sum], 1 - decay)
         self._weight = decay * self._weight + (1 - decay)
-        self._buffers = {name: b.clone() for name, b in buffers_of(model).items()}
         self.last_id = id
 
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:
-        """A full state_dict: float32 means of the parameters, and the latest iterate's buffers."""
+        """Float32 means of the parameters, without buffers."""
         if not self._sum:
             raise ValueError("`mean` must be asked of an average with iterates, but it has none.")
         means = torch._foreach_div(list(self._sum.values()), self._weight)
-        buffers = {name: b.clone() for name, b in self._buffers.items()}
-        return dict(zip(self._sum, means, strict=True)) | buffers
+        return dict(zip(self._sum, means, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors by name under "sum" and "buffers", and the numbers "weight" and "last_id". Not copied."""
-        return {
-            "sum": dict(self._sum),
-            "buffers": dict(self._buffers),
-            "weight": self._weight,
-            "last_id": self.last_id,
-        }
+        """Tensors by name under "sum", and the numbers "weight" and "last_id". Not copied."""
+        return {"sum": dict(self._sum), "weight": self._weight, "last_id": self.last_id}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._sum, self._buffers = ({n: t.clone() for n, t in state[part].items()} for part in ("sum", "buffers"))
+        self._sum = {name: tensor.clone() for name, tensor in state["sum"].items()}
         self._weight = state["weight"]
         self.last_id = state["last_id"]
 

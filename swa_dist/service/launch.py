@@ -1,6 +1,7 @@
 """Start a recipe where it is: under torchrun, in this process, or on Ray Train workers."""
 
 import contextlib
+import functools
 import os
 import secrets
 import signal
@@ -31,18 +32,19 @@ def finetune(recipe: Recipe, display: Display, *, again: bool = False) -> Finish
             )
         return _in_this_process(recipe, display, SoloWorld(_device(0)), again)
     _check_cores(recipe)
-    job = run.prepare(recipe, display, again=again)
-    if not isinstance(job, Job):
-        return job
-    with _environment(_private_ray() if recipe.cluster.address == "local" else {}):
-        from swa_dist.service import ray_train  # reads the environment; and a finished run need not wait for it
+    with contextlib.ExitStack() as held:
+        job = run.prepare(recipe, display, held, num_workers=recipe.cluster.num_workers, again=again)
+        if not isinstance(job, Job):
+            return job
+        with _environment(_private_ray() if recipe.cluster.address == "local" else {}):
+            from swa_dist.service import ray_train  # reads the environment; and a finished run need not wait for it
 
-        try:
-            ray_train.fit(job, display)
-        except BaseException:
-            run.note_failure(job)
-            raise
-    return result.conclude(job, display)
+            try:
+                ray_train.fit(job, display)
+            except BaseException as error:
+                run.note_failure(job, error)
+                raise
+        return result.conclude(job, display)
 
 
 def _check_cores(recipe: Recipe) -> None:
@@ -83,16 +85,18 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
 
 def _in_this_process(recipe: Recipe, display: Display, world: World, again: bool) -> Finished:
     """Collective under torchrun, where this process is one worker of several."""
-    job = on_rank_zero(world, lambda: run.prepare(recipe, display, again=again))
-    if not isinstance(job, Job):
-        return job
-    try:
-        run.work(job, world, display, _asked_to_end())
-    except BaseException:
-        if world.rank == 0:
-            run.note_failure(job)
-        raise
-    return on_rank_zero(world, lambda: result.conclude(job, display))
+    with contextlib.ExitStack() as held:
+        prepare = functools.partial(run.prepare, recipe, display, held, num_workers=world.size, again=again)
+        job = on_rank_zero(world, prepare, patient=True)
+        if not isinstance(job, Job):
+            return job
+        try:
+            run.work(job, world, display, _asked_to_end())
+        except BaseException as error:
+            if world.rank == 0:
+                run.note_failure(job, error)
+            raise
+        return on_rank_zero(world, lambda: result.conclude(job, display), patient=True)
 
 
 def _device(index: int) -> torch.device:

@@ -1,11 +1,12 @@
 """The first run of a newcomer: real digits, a network trained from nothing, then the service's main job on it."""
 
+import json
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from swa_dist import models
+from swa_dist import config, models
 from swa_dist.config import Recipe
 from swa_dist.data import digits, index
 from swa_dist.data.dali import DaliLoaders
@@ -13,7 +14,7 @@ from swa_dist.method.schedule import Linear
 from swa_dist.service import launch
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Finished
-from swa_dist.storage import write_atomic, writing
+from swa_dist.storage import read_json, write_atomic, writing
 from swa_dist.training import loop
 from swa_dist.training.averages import Averages
 from swa_dist.training.batchnorm import RunningStatistics
@@ -23,6 +24,7 @@ from swa_dist.training.world import SoloWorld
 _START_EPOCHS = 15
 _START_MAX_LR = 0.05
 _START_MIN_LR = 0.01
+_MAKES_START = ("seed", "precision", "model.arch", "data.", "optim.momentum", "optim.weight_decay")
 
 
 def quickstart(recipe: Recipe, display: Display, *, again: bool = False) -> Finished:
@@ -32,9 +34,12 @@ def quickstart(recipe: Recipe, display: Display, *, again: bool = False) -> Fini
         data.parent.mkdir(parents=True, exist_ok=True)
     digits.write(data)
     start = Path(recipe.model.weights)
-    if not start.is_file():
+    made_for = start.with_suffix(".json")
+    wanted = {n: v for n, v in config.flatten(config.to_tree(recipe)).items() if n.startswith(_MAKES_START)}
+    if not start.is_file() or read_json(made_for) != wanted:
         display.say(f"training a {recipe.model.arch} from nothing by plain SGD, to have somewhere to start: {start}")
         train_start(recipe, digits_loaders(recipe), start, display)
+        write_atomic(made_for, json.dumps(wanted, indent=1))
     return launch.finetune(recipe, display, again=again)
 
 

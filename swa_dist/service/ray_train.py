@@ -26,6 +26,7 @@ from swa_dist.service.run import Job, work
 from swa_dist.training.world import TorchWorld
 
 _POLL_SECONDS = 0.5
+_CAPACITY_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing large goes through Ray
 
 
@@ -34,7 +35,7 @@ def fit(job: Job, display: Display) -> None:
     cluster = config.from_tree(job.recipe).cluster
     with _connected(cluster), tempfile.TemporaryDirectory(prefix="swa-ray-") as scratch:
         gpus = _gpus_per_worker(cluster)
-        _check_capacity(cluster, gpus)
+        _await_capacity(cluster, gpus, display)
         board = _Board.remote()  # type: ignore[attr-defined]
         trainer = TorchTrainer(
             _worker,
@@ -128,27 +129,26 @@ def _shown(board: Any, display: Display) -> Iterator[None]:
 @contextlib.contextmanager
 def _connected(cluster: Cluster) -> Iterator[None]:
     """Within the block this process is a driver of Ray; a Ray that was started for it is gone afterwards."""
-    if cluster.address != "local":
-        ray.init(address=cluster.address, log_to_driver=True)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-        return
     scratch = tempfile.mkdtemp(prefix="swa-ray-")  # not under the run's folder: a socket's path must be short
     try:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=scratch,
-        )
+        try:
+            if cluster.address == "local":
+                ray.init(
+                    address="local",
+                    num_cpus=len(os.sched_getaffinity(0)),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="warning",
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    _temp_dir=scratch,
+                )
+            else:
+                ray.init(address=cluster.address, log_to_driver=True)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ServiceError(
+                f"Ray at `cluster.address` ({cluster.address}) must answer, but does not: {error}."
+            ) from error
         yield
-    except ray.exceptions.RaySystemError as error:
-        raise ServiceError(f"Ray must run on this machine, but does not: {error}.") from error
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
@@ -160,15 +160,31 @@ def _gpus_per_worker(cluster: Cluster) -> int:
     return cluster.gpus_per_worker
 
 
-def _check_capacity(cluster: Cluster, gpus: int) -> None:
-    have = ray.cluster_resources()
-    for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", gpus)):
-        if each and cluster.num_workers * each > have.get(resource, 0):
+def _await_capacity(cluster: Cluster, gpus: int, display: Display) -> None:
+    """Wait for a cluster that can grow; a Ray of our own can't."""
+    patience = 0 if cluster.address == "local" else cluster.start_timeout_seconds
+    deadline = time.monotonic() + patience
+    asked = False
+    while True:
+        have = ray.cluster_resources()
+        lacking = [
+            (resource, each)
+            for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", gpus))
+            if each and cluster.num_workers * each > have.get(resource, 0)
+        ]
+        if not lacking:
+            return
+        resource, each = lacking[0]
+        if time.monotonic() >= deadline:
             raise ConfigError(
                 f"`cluster.num_workers` must be at most {int(have.get(resource, 0) / each)} where there are"
                 f" {have.get(resource, 0):g} {resource}s at {each:g} per worker, but is {cluster.num_workers}."
                 " Lower it; the result is the same."
             )
+        if not asked:
+            display.say(f"waiting up to {patience} s for {cluster.num_workers * each:g} {resource}s")
+            asked = True
+        time.sleep(_CAPACITY_SECONDS)
 
 
 def _cause(error: BaseException) -> Exception:

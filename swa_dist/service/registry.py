@@ -31,27 +31,24 @@ class Registered:
     why: str
 
 
-def register(client: mlflow.MlflowClient, run_id: str, event: Event) -> None:
+def register(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Path) -> None:
     """Register the candidate of a spooled event, once, and leave `registered.json` in the run's folder.
 
     The version's tags hold the run key, the weights' SHA-256 and the verdict. The first version of a name becomes
     @champion if the recipe says so; one that is set stays.
     """
-    run_dir = Path(event["run_dir"])
-    if read_json(run_dir / REGISTERED) is not None:
+    if read_json(folder / REGISTERED) is not None:
         return
     recipe = config.from_tree(event["recipe"])
     name = recipe.registry.model
-    version = _existing_version(client, name, run_id) or _create_version(client, run_id, recipe, run_dir, event)
+    version = _existing_version(client, name, run_id) or _create_version(client, run_id, recipe, folder, event)
     registered = _decide(client, recipe, name, version)
-    write_atomic(run_dir / REGISTERED, json.dumps(asdict(registered), indent=1))
+    write_atomic(folder / REGISTERED, json.dumps(asdict(registered), indent=1))
 
 
-def _create_version(
-    client: mlflow.MlflowClient, run_id: str, recipe: config.Recipe, run_dir: Path, event: Event
-) -> str:
+def _create_version(client: mlflow.MlflowClient, run_id: str, recipe: config.Recipe, folder: Path, event: Event) -> str:
     name = recipe.registry.model
-    weights = Store(run_dir).open(event["entry"]) / "model.safetensors"
+    weights = Store(folder).open(event["entry"]) / "model.safetensors"
     model = models.build(recipe.model, recipe.seed)
     model.load_state_dict(safetensors.torch.load_file(weights))
     model.eval()  # in train mode logging would run a batch through and change BatchNorm's statistics

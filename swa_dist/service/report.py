@@ -44,6 +44,7 @@ def show(summary: dict[str, Any], console: Console, *, already: bool) -> None:
     console.print(table)
     lines = {
         "verdict": summary["verdict"]["sentence"],
+        "average": f"{average['regime']}; workers' weights differed by at most {average['spread']:.3g}",
         "registered": _registered(summary),
         "time": ", ".join(
             f"{phase} {facts['seconds']:.1f} s ({facts['images_per_second']:,.0f} images/s)"

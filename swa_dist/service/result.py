@@ -121,7 +121,6 @@ def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any
         {"kind": "tags", "tags": {"swa.verdict": verdict, "swa.control": summary["control"]}},
         {
             "kind": "model",
-            "run_dir": job.run_dir,
             "recipe": job.recipe,
             "uri": spool.target.uri,
             "entry": f"{CANDIDATES}/{summary['candidate']}",
@@ -138,7 +137,7 @@ def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any
 
 
 def _send_summary(folder: Path, spool: Spool, display: Display) -> None:
-    spool.append({"kind": "artifact", "path": str(folder / SUMMARY)})
+    spool.append({"kind": "artifact", "name": SUMMARY})
     try:
         tracking.send(spool, {"model": registry.register})
     except ServiceError as error:

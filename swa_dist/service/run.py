@@ -4,9 +4,11 @@ The same on every path: `prepare` checks everything that can be checked without 
 value; `work` is what each worker does with it. What they found is weighed in result.py.
 """
 
+import contextlib
 import functools
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +21,14 @@ from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.index import Index
-from swa_dist.errors import ConfigError, DataError, ServiceError
+from swa_dist.errors import ConfigError, DataError, ServiceError, Stopped, SwaDistError
 from swa_dist.service import registry, tracking
 from swa_dist.service.progress import Display
 from swa_dist.service.tracking import Spool, SpoolTracker, Target
-from swa_dist.service.weights import fetch, published_top1
-from swa_dist.storage import Store, read_json, write_atomic, writing
+from swa_dist.service.weights import LocalWeights, fetch, published_top1
+from swa_dist.storage import Store, only_one, read_json, sha256_file, write_atomic, writing
 from swa_dist.training.finetune import finetune
-from swa_dist.training.world import World
+from swa_dist.training.world import World, pin_arithmetic
 
 SUMMARY = "summary.json"
 STOP_REQUEST = "stop"
@@ -70,13 +72,20 @@ class Finished:
     """Whether it had before this command."""
 
 
-def prepare(recipe: Recipe, display: Display, *, again: bool = False) -> Job | Finished:
+def prepare(
+    recipe: Recipe, display: Display, held: contextlib.ExitStack, *, num_workers: int, again: bool = False
+) -> Job | Finished:
     """Check everything that needs no workers and take the next attempt; or find the finished run of this key.
 
-    `again`: set a finished or broken state aside and begin anew. Writes the run's folder. Raises the error that is the
-    person's to mend, before anything is written.
+    `held` keeps other processes from this key until it is closed. `again`: set a finished or broken state aside and
+    begin anew. Writes the run's folder. Raises the error that is the person's to mend, before anything is written.
     """
     resolved = _resolve(recipe)
+    if num_workers > resolved.groups_per_batch:
+        raise ConfigError(
+            f"there must be at most as many workers as groups in a global batch ({resolved.groups_per_batch}), but are"
+            f" {num_workers}. Start fewer, or set `data.group_images` smaller: another result and another key."
+        )
     _check_writable(Path(resolved.output.dir))
     train, val = _scan(resolved, display)
     weights = fetch(resolved.model)
@@ -88,6 +97,7 @@ def prepare(recipe: Recipe, display: Display, *, again: bool = False) -> Job | F
     if resolved.checkpoint.extend_from != "nothing":
         _check_extension(resolved, weights.sha256, data_digest)
     folder = Path(resolved.output.dir) / f"swa-{key[:12]}"
+    held.enter_context(only_one(folder.with_name(f".{folder.name}.lock"), f"the run with key {key[:12]}"))
     state = read_json(folder / _ATTEMPT) or {"attempt": 0, "first_attempt": 1}
     if again and folder.exists():
         state = {"attempt": state["attempt"], "first_attempt": state["attempt"] + 1}
@@ -96,8 +106,11 @@ def prepare(recipe: Recipe, display: Display, *, again: bool = False) -> Job | F
     summary = read_json(folder / SUMMARY)
     if summary is not None:
         return Finished(summary, already=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        start = _kept_weights(folder, weights)
     job = Job(
-        recipe=config.to_tree(local),
+        recipe=config.to_tree(config.replace(local, **{"model.weights": str(start)})),
         fingerprint=config.fingerprint(resolved),
         run_key=key,
         run_dir=str(folder),
@@ -108,19 +121,19 @@ def prepare(recipe: Recipe, display: Display, *, again: bool = False) -> Job | F
         data_digest=data_digest,
     )
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / STOP_REQUEST).unlink(missing_ok=True)
         index.save(train, folder / "train.parquet")
         index.save(val, folder / "val.parquet")
     write_atomic(folder / "recipe.yaml", config.to_yaml(resolved))
     write_atomic(folder / _ATTEMPT, json.dumps({"attempt": job.attempt, "first_attempt": job.first_attempt}))
-    _open_spool(job, resolved, train, val, display)
+    _open_spool(job, resolved, train, val, num_workers, display)
     return job
 
 
 def work(job: Job, world: World, display: Display, should_stop: Callable[[], bool]) -> None:
     """Collective: one worker's part of the run. What it finds is committed in the run's folder."""
     recipe = config.from_tree(job.recipe)
+    pin_arithmetic(world.device)
     loaders = DaliLoaders(
         train_index=index.load(job.folder / "train.parquet", Path(recipe.data.train)),
         val_index=index.load(job.folder / "val.parquet", Path(recipe.data.val)),
@@ -146,9 +159,13 @@ def work(job: Job, world: World, display: Display, should_stop: Callable[[], boo
         tracker.close()
 
 
-def note_failure(job: Job) -> None:
-    """Say in the spool that this attempt ended without a result."""
-    Spool(job.folder).append({"kind": "status", "status": "FAILED", "time_ms": _now_ms()})
+def note_failure(job: Job, error: BaseException) -> None:
+    """Tell MLflow, if it answers, that this attempt ended without a result. Never gets in the way of `error`."""
+    status = "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED"
+    spool = Spool(job.folder)
+    with contextlib.suppress(SwaDistError, OSError):
+        spool.append({"kind": "status", "status": status, "time_ms": time.time_ns() // 1_000_000})
+        tracking.send(spool, {"model": registry.register})
 
 
 def _resolve(recipe: Recipe) -> Recipe:
@@ -189,16 +206,8 @@ def _scan(recipe: Recipe, display: Display) -> tuple[Index, Index]:
         _check_imagenet(train, val)
     index.check_pair(train, val, recipe.model.num_classes)
     _check_cycles(recipe, train)
-    size = recipe.data.group_images
-    for what, count in (
-        ("of an epoch", len(train) % recipe.data.global_batch),
-        ("of the recalibration", _recalibration_images(recipe, train)),
-    ):
-        if count % size == 1:
-            raise ConfigError(
-                f"`data.group_images` must not leave a group of one image at the end {what}, where BatchNorm has no"
-                f" variance, but does: {size} with {len(train):,} training images. Try {size - 1}."
-            )
+    check_groups(recipe, len(train) % recipe.data.global_batch)
+    check_groups(recipe, recalibration_images(recipe, len(train)))
     return train, val
 
 
@@ -244,12 +253,33 @@ def _check_extension(recipe: Recipe, weights_sha256: str, data_digest: str) -> N
     )
 
 
-def _recalibration_images(recipe: Recipe, train: Index) -> int:
+def _kept_weights(folder: Path, weights: LocalWeights) -> Path:
+    """The starting weights in the run's folder, which all workers see; where they came from may be on this machine."""
+    kept = folder / f"start{weights.path.suffix}"
+    if not kept.is_file() or sha256_file(kept) != weights.sha256:
+        staged = kept.with_name(f".staging-{kept.name}")
+        shutil.copyfile(weights.path, staged)
+        staged.replace(kept)
+    return kept
+
+
+def recalibration_images(recipe: Recipe, num_train: int) -> int:
+    """The most training images that BatchNorm is recalibrated on."""
     wanted = recipe.recalibrate.images
-    return min(wanted, len(train)) if isinstance(wanted, int) else len(train)
+    return min(wanted, num_train) if isinstance(wanted, int) else num_train
 
 
-def _open_spool(job: Job, recipe: Recipe, train: Index, val: Index, display: Display) -> None:
+def check_groups(recipe: Recipe, num_images: int) -> None:
+    """Raise ConfigError where so many images end in a group of one, in which BatchNorm has no variance."""
+    size = recipe.data.group_images
+    if num_images % size == 1:
+        raise ConfigError(
+            f"`data.group_images` must not leave a group of one image, in which BatchNorm has no variance, but does:"
+            f" {num_images:,} images in groups of {size}. Try {size - 1 if size > 2 else size + 1}."
+        )
+
+
+def _open_spool(job: Job, recipe: Recipe, train: Index, val: Index, num_workers: int, display: Display) -> None:
     """Begin the run's record, and its MLflow run if MLflow answers."""
     spool = Spool(job.folder)
     spool.open(
@@ -267,7 +297,7 @@ def _open_spool(job: Job, recipe: Recipe, train: Index, val: Index, display: Dis
         "swa.attempt": job.attempt,
         "swa.fingerprint": job.fingerprint,
         "swa.recipe": recipe.name,
-        "swa.num_workers": recipe.cluster.num_workers,
+        "swa.num_workers": num_workers,
         "swa.weights": job.weights,
         "swa.weights_sha256": job.weights_sha256,
         "swa.data_digest": job.data_digest,
@@ -281,7 +311,7 @@ def _open_spool(job: Job, recipe: Recipe, train: Index, val: Index, display: Dis
         {"kind": "start", "params": in_key, "datasets": datasets},
         {"kind": "tags", "tags": tags},
         {"kind": "status", "status": "RUNNING"},
-        {"kind": "artifact", "path": str(job.folder / "recipe.yaml")},
+        {"kind": "artifact", "name": "recipe.yaml"},
     )
     tracking.configure_client()
     try:
@@ -292,9 +322,11 @@ def _open_spool(job: Job, recipe: Recipe, train: Index, val: Index, display: Dis
 
 def _decoding_threads(recipe: Recipe) -> int:
     threads = recipe.data.num_threads
-    if threads == "auto":
+    if threads != "auto":
+        return threads
+    if recipe.cluster.launcher == "ray" and "TORCHELASTIC_RUN_ID" not in os.environ:
         return max(1, int(recipe.cluster.cpus_per_worker))
-    return threads
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _free(path: Path) -> Path:
@@ -304,10 +336,6 @@ def _free(path: Path) -> Path:
         number += 1
         path = path.with_name(f"{path.name}-{number}")
     return path
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 class _Nobody:

@@ -15,7 +15,8 @@ from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.errors import ConfigError, DataError
 from swa_dist.service.progress import Display
-from swa_dist.storage import write_atomic
+from swa_dist.service.run import check_groups, recalibration_images
+from swa_dist.storage import write_atomic, writing
 from swa_dist.training.evaluate import evaluate
 from swa_dist.training.recalibrate import recalibrate_as
 from swa_dist.training.world import SoloWorld
@@ -50,8 +51,13 @@ def recalibrate_file(weights: Path, data: Path, out: Path, recipe: Recipe, displ
     """Write the weights, with BatchNorm statistics of the images in a folder of class folders, to `out`."""
     if out.suffix != ".safetensors":
         raise ConfigError(f"`--out` must be a .safetensors file, but is {out}.")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_name(f".{out.name}.probe").touch()
+        out.with_name(f".{out.name}.probe").unlink()
     world = _world()
     model, loaders = _opened(weights, data, recipe, world, display)
+    check_groups(recipe, recalibration_images(recipe, loaders.num_train))
     report = recalibrate_as(recipe, model, loaders, world, functools.partial(display.progress, "recalibrate"))
     if report.num_layers == 0:
         display.say(f"note: {recipe.model.arch} has no BatchNorm; {out} holds the weights as they were")
@@ -71,7 +77,7 @@ def _opened(
     local = config.replace(recipe, **{"model.weights": str(weights), "model.head": "keep"})
     model = models.build(local.model, local.seed)
     models.load(model, local.model)
-    found = index.scan(data.resolve(), data.name, functools.partial(display.progress, "index"))
+    found = index.scan(data.resolve(), "DATA", functools.partial(display.progress, "index"))
     if len(found.classes) != recipe.model.num_classes:
         raise DataError(
             f"`DATA` must have the {recipe.model.num_classes} classes of the model, but {data} has"

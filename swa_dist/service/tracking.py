@@ -19,10 +19,8 @@ import mlflow.data
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
 
-from swa_dist.errors import ServiceError
+from swa_dist.errors import ServiceError, SwaDistError
 from swa_dist.service.progress import Display
 from swa_dist.storage import read_json, write_atomic, writing
 from swa_dist.training.state import Row
@@ -60,6 +58,7 @@ class Spool:
     """A file of events, one JSON object a line, only ever appended to, and beside it the number sent."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.events = folder / "spool.jsonl"
         self._sent = folder / "spool.sent.json"
         self._target = folder / "spool.target.json"
@@ -163,7 +162,8 @@ def configure_client() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-Handler = Callable[[mlflow.MlflowClient, str, Event], None]
+Handler = Callable[[mlflow.MlflowClient, str, Event, Path], None]
+"""Takes a client, the id of the MLflow run, the event, and the folder of the run that the event is of."""
 
 
 def send(spool: Spool, handlers: dict[str, Handler]) -> str:
@@ -188,13 +188,15 @@ def send(spool: Spool, handlers: dict[str, Handler]) -> str:
                     count += 1
                 _log_rows(client, run_id, waiting[:count])
             elif kind in handlers:
-                handlers[kind](client, run_id, waiting[0])
+                handlers[kind](client, run_id, waiting[0], spool.folder)
             else:
                 break
             sent += count
             spool.mark_sent(sent)
             waiting = waiting[count:]
-    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+    except SwaDistError:
+        raise
+    except Exception as error:  # a database, a driver, a bucket: whatever MLflow is made of
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise ServiceError(f"MLflow at {target.uri} must answer, but does not: {reason}.") from error
     return run_id
@@ -233,7 +235,7 @@ def _log_rows(client: mlflow.MlflowClient, run_id: str, rows: Sequence[Event]) -
         client.log_batch(run_id, metrics=metrics[first : first + _METRICS_PER_REQUEST])
 
 
-def _log_start(client: mlflow.MlflowClient, run_id: str, event: Event) -> None:
+def _log_start(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Path) -> None:
     params = [Param(name, str(value)) for name, value in event["params"].items()]
     for first in range(0, len(params), _PARAMS_PER_REQUEST):
         client.log_batch(run_id, params=params[first : first + _PARAMS_PER_REQUEST])
@@ -248,15 +250,15 @@ def _log_start(client: mlflow.MlflowClient, run_id: str, event: Event) -> None:
         )
 
 
-def _set_tags(client: mlflow.MlflowClient, run_id: str, event: Event) -> None:
+def _set_tags(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Path) -> None:
     client.log_batch(run_id, tags=[RunTag(name, str(value)) for name, value in event["tags"].items()])
 
 
-def _log_artifact(client: mlflow.MlflowClient, run_id: str, event: Event) -> None:
-    client.log_artifact(run_id, event["path"])
+def _log_artifact(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Path) -> None:
+    client.log_artifact(run_id, str(folder / event["name"]))
 
 
-def _set_status(client: mlflow.MlflowClient, run_id: str, event: Event) -> None:
+def _set_status(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Path) -> None:
     if event["status"] == "RUNNING":
         client.update_run(run_id, status="RUNNING")
     else:

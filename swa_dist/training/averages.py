@@ -11,7 +11,6 @@ from swa_dist.method.averaging import ExponentialAverage, WeightAverage, buffers
 Parts = dict[str, dict[str, Tensor]]
 
 _SWA_PARTS = ("sum", "compensation", "buffers")
-_EMA_PARTS = ("sum", "buffers")
 
 
 class Averages:
@@ -40,6 +39,10 @@ class Averages:
         if self.ema is not None:
             self.ema.collect(model, id, share)
 
+    def sums(self) -> dict[str, Tensor]:
+        """Those of the averages that take in every step, unlooked at: to be checked at averaging points."""
+        return {} if self.ema is None else {f"ema of {n}": t for n, t in self.ema.state_dict()["sum"].items()}
+
     def epoch_ended(self, epochs: int) -> None:
         if epochs in self._plan.also_after_epochs and epochs not in self.after:
             self.after[epochs] = copy.deepcopy(self.swa)
@@ -54,7 +57,7 @@ class Averages:
                 window.collect_weights(weights, buffers_of(model), position)
             found["window"] = window.mean()
         if self.ema is not None and self.ema.last_id >= 0:
-            found["ema"] = self.ema.mean()
+            found["ema"] = self.ema.mean() | buffers_of(model)
         return found
 
     def ids(self) -> dict[str, list[int]]:
@@ -73,8 +76,7 @@ class Averages:
             if part in _SWA_PARTS
         }
         if self.ema is not None:
-            state = self.ema.state_dict()
-            parts |= {f"ema.{part}": state[part] for part in _EMA_PARTS}
+            parts["ema.sum"] = self.ema.state_dict()["sum"]
         return parts | {f"iterate.{position}": weights for position, weights in self.iterates.items()}
 
     def facts(self) -> dict[str, Any]:
@@ -97,4 +99,4 @@ class Averages:
         self.after = {int(epochs): average(f"swa_{epochs}", ids) for epochs, ids in facts["after"].items()}
         self.iterates = {position: dict(parts[f"iterate.{position}"]) for position in facts["iterates"]}
         if self.ema is not None:
-            self.ema.load_state_dict({part: parts[f"ema.{part}"] for part in _EMA_PARTS} | facts["ema"])
+            self.ema.load_state_dict({"sum": parts["ema.sum"]} | facts["ema"])

@@ -78,8 +78,8 @@ def unrecorded(model: nn.Module) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for layer in layers(model).values():
+            stack.callback(setattr, layer, "track_running_stats", layer.track_running_stats)
             layer.track_running_stats = False
-            stack.callback(setattr, layer, "track_running_stats", True)
             if isinstance(layer, nn.SyncBatchNorm):
                 layer.forward = functools.partial(_normalised_alone, layer)  # type: ignore[method-assign]
                 stack.callback(layer.__dict__.pop, "forward")

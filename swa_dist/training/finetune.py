@@ -63,12 +63,13 @@ def finetune(
     candidates["last"] = score("last", lambda: _last_iterate(ports, state), recalibrated=False, training=training)
     candidates["last_fresh"] = score("last_fresh", lambda: _last_iterate(ports, state), recalibrated=True)
     ids = state.averages.ids()
+    spread = max((row["metrics"].get("average/spread", 0.0) for row in state.rows), default=0.0)
     if len(ids.get("window", [])) < recipe.average.window and world.rank == 0:
         tracker.warn(
             f"`average.window` asks for {recipe.average.window} iterates, but there are only {len(ids['window'])}."
         )
     for name, mean in state.averages.means(state.model).items():
-        facts = {"iterates": ids.get(name), "regime": recipe.average.sync}
+        facts = {"iterates": ids.get(name), "regime": recipe.average.sync, "spread": spread}
         make = functools.partial(_averaged, ports, name, mean)
         candidates[name] = score(name, make, recalibrated=True, average=facts)
     return candidates

@@ -32,7 +32,7 @@ def check(top1: float, num_images: int, recipe: Recipe) -> Preflight:
     if top1 >= published - _DECODING - _DEVIATIONS * error:
         return Preflight("")
     chance = 100 / recipe.model.num_classes
-    if top1 < max(5 * chance, 0.02 * published):
+    if top1 < chance + 0.1 * (published - chance):
         cause = "it is near chance: most likely the classes are in another order than the weights' head has them"
     elif top1 < 0.8 * published:
         cause = "some classes or the transforms may be wrong: see the class folders and `data.image_size`"

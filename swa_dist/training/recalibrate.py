@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swa_dist.config import Recipe
 from swa_dist.data.order import Loaders, Span
-from swa_dist.errors import DataError
+from swa_dist.errors import DataError, NumericsError
 from swa_dist.method.moments import Moments
 from swa_dist.training import batchnorm
 from swa_dist.training.world import World
@@ -35,7 +35,7 @@ class Recalibration:
     """Difference of the means of every other group from those of the rest: about twice the sampling error."""
     grouping_dependence: float | None = None
     """How far the means move when each layer sees activations normalised by the fresh statistics instead of by their
-    own group's; None where it was not asked for."""
+    own group's: more than what they are wrong by, since layers' errors add up. None where it was not asked for."""
 
 
 @torch.no_grad()
@@ -75,46 +75,65 @@ def recalibrate_as(
             progress(min(done, limit), limit)
 
     step = _AUTO_GROUPS * size if plan.images == "auto" else limit
-    with Pass(model, world) as one:
-        for first in range(0, limit, step):
-            span = Span(first, min(first + step, limit))
-            one.observe(images(span), first_group=first // size)
-            if plan.images == "auto" and one.sampling_error() < plan.error_below:
-                limit = span.stop
-                break
-        report = one.write()
-    if plan.second_pass == "off" or report.num_layers == 0:
-        return report
-    return second_pass(model, images(Span(0, limit)), world, report, apply=plan.second_pass == "apply")
+    with _restored_on_failure(model):
+        with Pass(model, world) as one:
+            for first in range(0, limit, step):
+                span = Span(first, min(first + step, limit))
+                one.observe(images(span), first_group=first // size)
+                if plan.images == "auto" and one.sampling_error() < plan.error_below:
+                    limit = span.stop
+                    break
+            report = one.write()
+        if plan.second_pass == "off" or report.num_layers == 0:
+            return report
+        return second_pass(model, lambda: images(Span(0, limit)), world, report, remove=plan.second_pass == "remove")
 
 
 @torch.no_grad()
 def second_pass(
-    model: nn.Module, batches: Iterable[Tensor], world: World, first: Recalibration, *, apply: bool
+    model: nn.Module, batches: Callable[[], Iterable[Tensor]], world: World, first: Recalibration, *, remove: bool
 ) -> Recalibration:
     """Look again with the fresh statistics in place: the model as it will be used, where grouping plays no part.
 
-    `model` must have come from `recalibrate`. Measures how far the means move; with `apply` they and the variances are
-    written. One such pass is exact for the first layer only, and closer for the others. Collective.
+    `model` must have come from `recalibrate`; `batches` gives its batches once more. Measures how far the means move.
+    With `remove` each layer is set to what it then sees, one after the other in the order of the network, and it is
+    measured again: a pass for each layer, after which nothing depends on groups. (All at once would be worse than none:
+    a layer's correction and those before it would add up.) Collective. A failure leaves the statistics as they were.
     """
+    with _restored_on_failure(model):
+        moved, order = _dependence(model, batches, world)
+        if remove:
+            for name in order[1:]:  # the first layer sees images, which no statistics change
+                with Pass(model, world, training=False, only=name) as one:
+                    one.observe(batches())
+                    one.write()
+            moved, _ = _dependence(model, batches, world)
+    return Recalibration(**(vars(first) | {"grouping_dependence": moved}))
+
+
+def _dependence(model: nn.Module, batches: Callable[[], Iterable[Tensor]], world: World) -> tuple[float, list[str]]:
+    """Collective: how far the means move, and the layers in the order that images pass them."""
     with Pass(model, world, training=False) as one:
-        one.observe(batches)
+        one.observe(batches())
         moved = one.distance_from_written()
-        report = one.write() if apply else first
-    return Recalibration(**(vars(report) | {"grouping_dependence": moved}))
+        orders = world.gather(list(one.order))
+    return moved, max(orders, key=len)  # a worker without images saw no layer
 
 
 class Pass:
     """One pass over images, in one go or in parts, within a `with` block; hooks and modes are as before after it.
 
-    `training`: whether BatchNorm normalises by the batch, or by its running statistics.
+    `training`: whether BatchNorm normalises by the batch, or by its running statistics. `only`: the one layer to look
+    at; all if not given.
     """
 
-    def __init__(self, model: nn.Module, world: World, *, training: bool = True) -> None:
+    def __init__(self, model: nn.Module, world: World, *, training: bool = True, only: str | None = None) -> None:
         self._model = model
         self._world = world
         self._training = training
-        self._layers = batchnorm.layers(model)
+        self._layers = {n: layer for n, layer in batchnorm.layers(model).items() if only in (None, n)}
+        self.order: dict[str, None] = {}
+        """The layers as this worker's images passed them first."""
         self._seen = {
             name: [Moments(layer.num_features, world.device) for _ in range(_HALVES)]
             for name, layer in self._layers.items()
@@ -174,6 +193,12 @@ class Pass:
         if self._layers and num_images == 0:
             raise DataError("BatchNorm must be recalibrated on at least one image, but was given none.")
         total, halves, images = self._pooled()
+        for name, pooled in total.items():
+            if not torch.isfinite(pooled.values).all():
+                raise NumericsError(
+                    f"activations must be finite for BatchNorm to be recalibrated, but those of `{name}` are not. The"
+                    " old statistics are kept; look at the weights and the images."
+                )
         report = Recalibration(
             num_layers=len(self._layers),
             num_images=num_images,
@@ -197,6 +222,7 @@ class Pass:
 
     def _observe_layer(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
+        self.order.setdefault(name)
         self._seen[name][self._group % _HALVES].observe(x)  # by its number over all workers, however many they are
         self._images[name].observe(x.flatten(2).double().mean(2) if x.ndim > 2 else x)
 
@@ -240,6 +266,18 @@ def _pool(moments: list[Moments], world: World) -> list[Moments]:
         for merged, values in zip(pooled, one.split(widths, dim=1), strict=True):
             merged.merge(Moments.of(values))
     return pooled
+
+
+@contextlib.contextmanager
+def _restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """If the block raises, BatchNorm's statistics are as before it, bit for bit."""
+    kept = [(b, b.clone()) for layer in batchnorm.layers(model).values() for b in layer.buffers()]
+    try:
+        yield
+    except BaseException:
+        for buffer, before in kept:
+            buffer.copy_(before)
+        raise
 
 
 @contextlib.contextmanager

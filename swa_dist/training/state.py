@@ -83,7 +83,8 @@ def save_entry(store: Store, name: str, parts: Parts, facts: dict[str, Any]) -> 
     def fill(folder: Path) -> None:
         for part, tensors in parts.items():
             contiguous = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-            safetensors.torch.save_file(contiguous, folder / f"{part}{_SUFFIX}")
+            # Not save_file, whose errors on a full disk are its own.
+            (folder / f"{part}{_SUFFIX}").write_bytes(safetensors.torch.save(contiguous))
         (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
     store.commit(name, fill)

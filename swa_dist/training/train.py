@@ -88,14 +88,13 @@ def _collect(ports: Ports, state: TrainState) -> None:
     """Collective: take the weights into the average: the mean over replicas that train by themselves, or else the
     weights of all, once they are proved to be the same."""
     weights = parameters_of(state.model)
-    _refuse_non_finite(ports, weights, state.position)
+    checked = weights | state.averages.sums()
+    _refuse_non_finite(ports, checked, state.position)
+    if not ports.local:
+        agree(ports.world, _digest(checked), f"the weights at image {state.position}")
+    _row(ports, state, {"average/spread": replicas.spread_of(weights, ports.world)})
     if ports.local:
-        spread = replicas.spread_of(weights, ports.world)
-        _row(ports, state, {"average/spread": spread})
         weights = replicas.mean_of(weights, ports.world)
-    else:
-        agree(ports.world, _digest(weights), f"the weights at image {state.position}")
-        _row(ports, state, {"average/spread": 0.0})
     state.averages.collect(weights, buffers_of(state.model), id=state.position)
 
 

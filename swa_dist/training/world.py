@@ -15,6 +15,8 @@ from swa_dist.errors import NumericsError
 
 T = TypeVar("T")
 
+_PATIENCE = timedelta(days=1)
+
 
 class World(Protocol):
     @property
@@ -37,8 +39,11 @@ class World(Protocol):
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Collective: overwrite `tensor` with that of the worker `source`."""
 
-    def gather(self, value: Any) -> list[Any]:
-        """Collective: every worker's picklable `value`, by rank, on every worker. For small values."""
+    def gather(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """Collective: every worker's picklable `value`, by rank, on every worker. For small values.
+
+        `patient`: wait for the others for as long as it takes.
+        """
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Collective: `model` with its gradients averaged over the workers in each backward pass."""
@@ -61,7 +66,7 @@ class SoloWorld:
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         return tensor
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, *, patient: bool = False) -> list[Any]:
         return [value]
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -75,6 +80,10 @@ class TorchWorld:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.device = device
+        # Plain values go by gloo, beside the GPUs. Waiting for hours is for what one worker does alone at the start
+        # and the end; elsewhere a worker that stays away is a fault.
+        self._plain: Any = dist.new_group(backend="gloo")
+        self._patient: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
@@ -88,9 +97,9 @@ class TorchWorld:
         dist.broadcast(tensor, src=source)
         return tensor
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, *, patient: bool = False) -> list[Any]:
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._patient if patient else self._plain)
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -108,8 +117,21 @@ class TorchWorld:
 def join_from_environment(device: torch.device, timeout_seconds: int) -> TorchWorld:
     """Collective: the world of the processes that torchrun started."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else NCCL takes the first GPU for all
+    dist.init_process_group(
+        backend, timeout=timedelta(seconds=timeout_seconds), device_id=device if device.type == "cuda" else None
+    )
     return TorchWorld(device)
+
+
+def pin_arithmetic(device: torch.device) -> None:
+    """On a GPU: float32 is float32, not TF32, and the same sums come out each time."""
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
 
 
 def agree(world: World, value: Any, name: str) -> None:
@@ -122,15 +144,18 @@ def agree(world: World, value: Any, name: str) -> None:
         raise NumericsError(f"{name} must be the same on all workers, but differ: {listed}.{blame}")
 
 
-def on_rank_zero(world: World, work: Callable[[], T]) -> T:
-    """Collective: what `work` returns on rank 0, on every worker; what it raises there is raised on every worker."""
+def on_rank_zero(world: World, work: Callable[[], T], *, patient: bool = False) -> T:
+    """Collective: what `work` returns on rank 0, on every worker; what it raises there is raised on every worker.
+
+    `patient`: the others wait for as long as it takes.
+    """
     outcome: tuple[T | None, Exception | None] = (None, None)
     if world.rank == 0:
         try:
             outcome = (work(), None)
         except Exception as caught:
             outcome = (None, caught)
-    value, error = world.gather(outcome)[0]
+    value, error = world.gather(outcome, patient=patient)[0]
     if error is not None:
         raise error
     return value  # type: ignore[no-any-return]

@@ -72,7 +72,7 @@ OTHER = {
     "recalibrate.images": 100,
     "recalibrate.error_below": 0.02,
     "recalibrate.transforms": "eval",
-    "recalibrate.second_pass": "apply",
+    "recalibrate.second_pass": "remove",
     "evaluate.candidate": "last",
 }
 
@@ -436,9 +436,14 @@ CONTRADICTIONS = {
         {"average.also_after_epochs": [5]},
     ),
     "an average before the first iterate": (
-        {"average.also_after_epochs": [4, 2], "average.start_epoch": 2},
+        {"average.also_after_epochs": [2, 4], "average.start_epoch": 2},
         "average.also_after_epochs",
-        {"average.also_after_epochs": [4, 3]},
+        {"average.also_after_epochs": [3, 4]},
+    ),
+    "averages out of order": (
+        {"average.also_after_epochs": [4, 3, 3]},
+        "average.also_after_epochs",
+        {"average.also_after_epochs": [3, 4]},
     ),
     "an EMA that is not kept": (
         {"evaluate.candidate": "ema"},

@@ -321,32 +321,35 @@ def test_a_measuring_second_pass_tells_how_far_the_means_depend_on_groups_and_le
     assert same(statistics(once), statistics(measured))
 
 
-def test_an_applied_second_pass_changes_all_but_the_first_layer() -> None:
-    once, applied = deep(), deep()
+def test_removing_the_dependence_on_groups_changes_all_but_the_first_layer() -> None:
+    once, removed = deep(), deep()
     report = with_second_pass("off", once)
-    again = with_second_pass("apply", applied)
-    before, after = ([norm.running_mean for norm in norms(model)] for model in (once, applied))
+    again = with_second_pass("remove", removed)
+    before, after = ([norm.running_mean for norm in norms(model)] for model in (once, removed))
     torch.testing.assert_close(before[0], after[0], rtol=1e-6, atol=1e-7)
     assert all(not torch.equal(b, a) for b, a in zip(before[1:], after[1:], strict=True))
-    assert (again.num_layers, again.num_images, again.num_groups) == (4, report.num_images, report.num_groups)
+    assert vars(again) | {"grouping_dependence": None} == vars(report)
+    assert again.grouping_dependence == pytest.approx(0, abs=1e-5)
 
 
-def test_an_applied_second_pass_leaves_statistics_that_depend_less_on_groups() -> None:
-    """By what is measured, and by how far they are from those that no grouping moves."""
-    residuals, distances = [], []
+def test_once_it_is_removed_no_other_grouping_moves_the_model() -> None:
+    model, batches = deep(), groups(20)
+    report = second_pass(model, lambda: batches, SOLO, recalibrate(model, batches, SOLO), remove=True)
+    regrouped = torch.cat(batches).split(16)
+    left = second_pass(model, lambda: regrouped, SOLO, report, remove=False)
+    assert left.grouping_dependence == pytest.approx(0, abs=1e-5)
+
+
+def test_what_is_measured_is_more_than_what_the_statistics_are_wrong_by() -> None:
+    measured, distances = [], []
     for seed in range(8):
         model, batches = deep(seed), groups(30, seed=seed)
-        report = recalibrate(model, batches, SOLO)
-        found = [copy.deepcopy(model)]
-        measured = second_pass(model, batches, SOLO, report, apply=True)
-        found.append(copy.deepcopy(model))
-        left = second_pass(model, batches, SOLO, measured, apply=False)
-        for _ in range(4):
-            second_pass(model, batches, SOLO, report, apply=True)
-        residuals.append((measured.grouping_dependence, left.grouping_dependence))
-        distances.append(tuple(apart(one, model) for one in found))
-    for before, after in (map(sum, zip(*residuals, strict=True)), map(sum, zip(*distances, strict=True))):
-        assert after < before
+        first = recalibrate(model, batches, SOLO)
+        once = copy.deepcopy(model)
+        measured.append(second_pass(model, lambda b=batches: b, SOLO, first, remove=False).grouping_dependence)
+        second_pass(model, lambda b=batches: b, SOLO, first, remove=True)
+        distances.append(apart(once, model))
+    assert 0 < sum(distances) < sum(measured)
 
 
 def apart(one: nn.Module, other: nn.Module) -> float:
@@ -357,20 +360,9 @@ def apart(one: nn.Module, other: nn.Module) -> float:
     )
 
 
-def test_as_many_applied_passes_as_layers_leave_a_model_that_no_grouping_moves() -> None:
-    """Each makes one more layer exact, as it will be used: from there on nothing is left to depend on groups."""
-    model, batches = deep(), groups(20)
-    report = recalibrate(model, batches, SOLO)
-    for _ in range(4):
-        report = second_pass(model, batches, SOLO, report, apply=True)
-    regrouped = torch.cat(batches).split(16)
-    left = second_pass(model, regrouped, SOLO, report, apply=False)
-    assert left.grouping_dependence == pytest.approx(0, abs=1e-5)
-
-
 def test_the_first_layer_does_not_depend_on_groups() -> None:
     model, batches = shallow(), groups(10)
-    report = second_pass(model, batches, SOLO, recalibrate(model, batches, SOLO), apply=False)
+    report = second_pass(model, lambda: batches, SOLO, recalibrate(model, batches, SOLO), remove=False)
     assert report.grouping_dependence == pytest.approx(0, abs=1e-6)
 
 
@@ -389,7 +381,7 @@ def test_synchronised_batchnorm_gets_the_statistics_of_plain_batchnorm(sync: Cal
     reports = []
     for model in (plain, synced):
         report = recalibrate(model, groups(10), SOLO)
-        reports.append(second_pass(model, groups(10), SOLO, report, apply=True))
+        reports.append(second_pass(model, lambda: groups(10), SOLO, report, remove=True))
     assert reports[0] == reports[1]
     assert same(statistics(plain), statistics(synced))
 
@@ -449,7 +441,7 @@ def test_a_model_without_batchnorm_passes_through_unchanged_and_says_so() -> Non
     model = used(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Dropout(), nn.BatchNorm2d(4, affine=False)))
     del model[3]
     before, state = facts(model), statistics(model)
-    plan = recipe(**{"recalibrate.second_pass": "apply", "recalibrate.images": "auto"})
+    plan = recipe(**{"recalibrate.second_pass": "remove", "recalibrate.images": "auto"})
     for report in (recalibrate_as(plan, model, loaders_of(plan), SOLO), recalibrate(model, [], SOLO)):
         assert (report.num_layers, report.sampling_error, report.split_half) == (0, 0, 0)
         assert report.grouping_dependence is None
@@ -512,7 +504,7 @@ def test_weights_gradients_modes_and_hooks_are_as_they_were() -> None:
     before = facts(model)
     with torch.enable_grad():
         report = recalibrate(model, groups(4), SOLO)
-        second_pass(model, groups(4), SOLO, report, apply=True)
+        second_pass(model, lambda: groups(4), SOLO, report, remove=True)
         assert torch.is_grad_enabled()
     assert facts(model) == before
     assert not any(b.requires_grad for b in model.buffers())
@@ -616,7 +608,7 @@ def test_a_failure_in_the_second_pass_leaves_what_the_first_found() -> None:
     report = recalibrate(model, groups(5), SOLO)
     before, state = facts(model), statistics(model)
     with pytest.raises(BrokenError):
-        second_pass(model, lost_in_the_loader(), SOLO, report, apply=True)
+        second_pass(model, lambda: lost_in_the_loader(), SOLO, report, remove=True)
     assert same(state, statistics(model))
     assert facts(model) == before
 

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import botocore.exceptions
 import mlflow
 import pytest
 
@@ -228,8 +229,8 @@ def test_the_status_and_the_time_of_the_end_arrive_and_a_resumed_run_is_running(
 
 
 def test_a_file_arrives_as_an_artifact_beside_the_database(spool, client, tmp_path):
-    (tmp_path / "recipe.yaml").write_text("name: small\n")
-    spool.append({"kind": "artifact", "path": str(tmp_path / "recipe.yaml")})
+    (spool.folder / "recipe.yaml").write_text("name: small\n")
+    spool.append({"kind": "artifact", "name": "recipe.yaml"})
     run_id = tracking.send(spool, {})
     (tmp_path / "fetched").mkdir()
     fetched = client.download_artifacts(run_id, "recipe.yaml", str(tmp_path / "fetched"))
@@ -240,7 +241,8 @@ def test_a_file_arrives_as_an_artifact_beside_the_database(spool, client, tmp_pa
 def test_events_are_handled_in_order_and_one_that_fails_stops_those_after_it(spool, client):
     handled = []
 
-    def handler(client, run_id, event):
+    def handler(client, run_id, event, folder):
+        assert folder == spool.folder
         handled.append(event["n"])
         if event["n"] == 2 and len(handled) < 4:
             raise mlflow.exceptions.MlflowException("refused")
@@ -252,6 +254,16 @@ def test_events_are_handled_in_order_and_one_that_fails_stops_those_after_it(spo
         assert [e["n"] for e in spool.waiting()] == [2, 3]
     tracking.send(spool, {"model": handler})
     assert handled == [1, 2, 2, 2, 3]
+
+
+def test_an_error_of_whatever_mlflow_is_made_of_is_one_that_can_be_waited_out(spool):
+    def handler(client, run_id, event, folder):
+        raise botocore.exceptions.NoCredentialsError()
+
+    spool.append({"kind": "model"})
+    with pytest.raises(ServiceError, match="Unable to locate credentials"):
+        tracking.send(spool, {"model": handler})
+    assert len(spool.waiting()) == 1
 
 
 # The spool's file

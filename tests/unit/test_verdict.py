@@ -154,7 +154,8 @@ def paired(counts, against):
         (BETTER, NOT_SHOWN, "swa is better than the start, but not shown to be better than plain fine-tuning: "),
         (NOT_SHOWN, BETTER, "swa is better than plain fine-tuning, but not shown to be better than the start: "),
         (NOT_SHOWN, NOT_SHOWN, "no evidence that swa is better than the start or than plain fine-tuning: "),
-        (WORSE, WORSE, "no evidence that swa is better than the start or than plain fine-tuning: "),
+        (WORSE, WORSE, "swa is worse than the start and than plain fine-tuning: "),
+        (BETTER, WORSE, "swa is worse than plain fine-tuning, though better than the start: "),
     ],
 )
 def test_the_sentence_says_which_of_both_was_shown(over_start, over_last, sentence):
