@@ -115,6 +115,7 @@ def test_mlflow_away_the_run_goes_on_and_replay_delivers(
     assert refused.returncode == 69
     assert uri in refused.stderr
     assert "Traceback" not in refused.stderr
+    folder = folder.rename(tmp_path / "moved")  # what waits belongs to the folder, wherever that is
     server = subprocess.Popen(
         [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
@@ -136,7 +137,8 @@ def test_mlflow_away_the_run_goes_on_and_replay_delivers(
         assert run.info.status == "FINISHED"
         assert [m.step for m in client.get_metric_history(run.info.run_id, "epoch/loss")] == [400]
         assert str(client.get_model_version_by_alias("digits-resnet", "champion").version) == "1"
-        assert summary_in(tmp_path)["registered"]["champion"]
+        assert json.loads((folder / "summary.json").read_text())["registered"]["champion"]
+        assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"recipe.yaml", "summary.json"}
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=30)

@@ -375,3 +375,14 @@ def test_a_parquet_file_that_is_no_index_is_a_data_error_that_names_it(train, tm
     pq.write_table(pa.table({"x": [1]}).replace_schema_metadata(metadata), path)
     with pytest.raises(DataError, match=r"foreign\.parquet"):
         index.load(path, train)
+
+
+def test_a_photograph_with_a_film_behind_it_is_whole(train):
+    """Phones append a video or a depth map to the JPEG, or a second picture (which Pillow calls MPO)."""
+    with (train / "cat" / "a.jpg").open("ab") as file:
+        file.write(os.urandom(20_000).replace(b"\xff\xd9", b"\xff\x00"))
+    pictures = [picture(64, 48, seed=n) for n in (1, 2)]
+    pictures[0].save(train / "dog" / "a.jpg", format="MPO", save_all=True, append_images=pictures[1:])
+    found = index.scan(train, "train")
+    assert len(found) == 4
+    assert (found.widths[2], found.heights[2]) == (64, 48)

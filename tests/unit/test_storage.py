@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from swa_dist.errors import CheckpointError, ExitCode, OutputError
-from swa_dist.storage import Store, new_folder, read_json, sha256_file, write_atomic, writing
+from swa_dist.errors import BusyError, CheckpointError, ExitCode, OutputError
+from swa_dist.storage import Store, new_folder, only_one, read_json, sha256_file, write_atomic, writing
 
 KIND = "checkpoints"
 
@@ -516,3 +516,57 @@ def test_an_output_error_of_dev_full_says_that_the_disk_is_full():
         pytest.skip("there is no /dev/full here")
     with pytest.raises(OutputError, match="full"), writing(Path("x")), open("/dev/full", "wb", buffering=0) as file:
         file.write(b"x")
+
+
+# One process at a time
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from swa_dist.storage import only_one
+with only_one(Path(sys.argv[1]), "the run"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_who_holds_the_lock_and_a_killed_one_lets_it_go(tmp_path):
+    lock = tmp_path / ".lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BusyError, match=f"the run must not be running already, but is: process {holder.pid} on"):
+            enter(lock)
+    finally:
+        holder.kill()
+        holder.communicate()
+    enter(lock)
+    assert BusyError.exit_code == 75
+
+
+def enter(lock):
+    with only_one(lock, "the run"):
+        pass
+
+
+LIMITED = """
+import resource, signal, sys, torch
+from pathlib import Path
+from swa_dist.errors import OutputError
+from swa_dist.storage import Store
+from swa_dist.training.state import load_entry, save_entry
+store = Store(Path(sys.argv[1]))
+save_entry(store, "checkpoints/1", {"model": {"w": torch.ones(10)}}, {})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_entry(store, "checkpoints/2", {"model": {"w": torch.ones(1_000_000)}}, {})
+except OutputError as error:
+    print(error.exit_code, store.names("checkpoints"), load_entry(store, "checkpoints/1")[0]["model"]["w"].sum().item())
+"""
+
+
+def test_weights_that_do_not_fit_are_an_output_error_and_the_entry_before_stays(tmp_path):
+    result = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert result.stdout.split(maxsplit=1) == ["73", "['checkpoints/1'] 10.0\n"]
