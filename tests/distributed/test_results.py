@@ -182,7 +182,7 @@ def test_a_killed_run_resumes_at_its_last_committed_epoch(
     assert Store(tmp_path).names(CHECKPOINTS) == [f"{CHECKPOINTS}/{400:012d}"]
     results = support.run_workers(run, second, str(digits), str(start_weights), str(tmp_path))
     assert {epoch for result in results for epoch, _, _ in result.groups} == {1}
-    assert results[0].facts["swa"]["average"]["iterates"] == [400, 800]
+    assert results[0].facts["swa"]["average"] == {"iterates": [400, 800], "regime": "replicated", "spread": 0.0}
     assert results[0].facts["last"]["training"]["world_sizes"] == [first, second]
     assert [row["position"] for row in results[0].rows] == [row["position"] for row in undisturbed.rows]
     swa, before = weights_of(tmp_path, "swa"), weights_of(runs[first][0], "swa")
