@@ -65,10 +65,7 @@ def writing(path: Path) -> Iterator[None]:
             raise OutputError(
                 f"{path} must fit on its disk, but that is full. Free some space and run again."
             ) from None
-        raise OutputError(
-            f"{path} must be where files can be written, but is not: {error.strerror}. Choose another place (of a run:"
-            " `output.dir`)."
-        ) from None
+        raise OutputError(f"{path} must be writable, but is not: {error.strerror}. Choose another place.") from None
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from swa_dist.errors import ConfigError
+
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
@@ -88,6 +90,16 @@ class Span:
 def groups_of(span: Span, group_images: int) -> list[Span]:
     """A batch's groups; the last may be shorter."""
     return [Span(a, min(a + group_images, span.stop)) for a in range(span.start, span.stop, group_images)]
+
+
+def check_groups(num_images: int, group_images: int) -> None:
+    """Raise ConfigError where so many images end in a group of one, in which BatchNorm has no variance."""
+    if num_images % group_images == 1:
+        other = group_images - 1 if group_images > 2 else group_images + 1
+        raise ConfigError(
+            "`data.group_images` must not leave a group of one image, in which BatchNorm has no variance, but does:"
+            f" {num_images:,} images in groups of {group_images}. Try {other}."
+        )
 
 
 def batches_of(num_images: int, global_batch: int, start: int = 0) -> list[Span]:

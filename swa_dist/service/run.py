@@ -21,13 +21,15 @@ from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.index import Index
-from swa_dist.errors import ConfigError, DataError, ServiceError, Stopped, SwaDistError
+from swa_dist.data.order import check_groups
+from swa_dist.errors import ConfigError, DataError, OutputError, ServiceError, Stopped, SwaDistError
 from swa_dist.service import registry, tracking
 from swa_dist.service.progress import Display
 from swa_dist.service.tracking import Spool, SpoolTracker, Target
 from swa_dist.service.weights import LocalWeights, fetch, published_top1
 from swa_dist.storage import Store, only_one, read_json, sha256_file, write_atomic, writing
 from swa_dist.training.finetune import finetune
+from swa_dist.training.recalibrate import most_images
 from swa_dist.training.world import World, pin_arithmetic
 
 SUMMARY = "summary.json"
@@ -190,11 +192,14 @@ def _resolve(recipe: Recipe) -> Recipe:
 
 
 def _check_writable(folder: Path) -> None:
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+    except OutputError as error:
+        raise OutputError(f"`output.dir` must be a folder that can be written: {error}") from None
 
 
 def _scan(recipe: Recipe, display: Display) -> tuple[Index, Index]:
@@ -206,8 +211,8 @@ def _scan(recipe: Recipe, display: Display) -> tuple[Index, Index]:
         _check_imagenet(train, val)
     index.check_pair(train, val, recipe.model.num_classes)
     _check_cycles(recipe, train)
-    check_groups(recipe, len(train) % recipe.data.global_batch)
-    check_groups(recipe, recalibration_images(recipe, len(train)))
+    check_groups(len(train) % recipe.data.global_batch, recipe.data.group_images)
+    check_groups(most_images(recipe.recalibrate, len(train)), recipe.data.group_images)
     return train, val
 
 
@@ -261,22 +266,6 @@ def _kept_weights(folder: Path, weights: LocalWeights) -> Path:
         shutil.copyfile(weights.path, staged)
         staged.replace(kept)
     return kept
-
-
-def recalibration_images(recipe: Recipe, num_train: int) -> int:
-    """The most training images that BatchNorm is recalibrated on."""
-    wanted = recipe.recalibrate.images
-    return min(wanted, num_train) if isinstance(wanted, int) else num_train
-
-
-def check_groups(recipe: Recipe, num_images: int) -> None:
-    """Raise ConfigError where so many images end in a group of one, in which BatchNorm has no variance."""
-    size = recipe.data.group_images
-    if num_images % size == 1:
-        raise ConfigError(
-            f"`data.group_images` must not leave a group of one image, in which BatchNorm has no variance, but does:"
-            f" {num_images:,} images in groups of {size}. Try {size - 1 if size > 2 else size + 1}."
-        )
 
 
 def _open_spool(job: Job, recipe: Recipe, train: Index, val: Index, num_workers: int, display: Display) -> None:

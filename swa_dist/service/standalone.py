@@ -13,12 +13,12 @@ from swa_dist import config, models
 from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
+from swa_dist.data.order import check_groups
 from swa_dist.errors import ConfigError, DataError
 from swa_dist.service.progress import Display
-from swa_dist.service.run import check_groups, recalibration_images
 from swa_dist.storage import write_atomic, writing
 from swa_dist.training.evaluate import evaluate
-from swa_dist.training.recalibrate import recalibrate_as
+from swa_dist.training.recalibrate import most_images, recalibrate_as
 from swa_dist.training.world import SoloWorld
 
 _RECIPE = "recipe.yaml"
@@ -57,7 +57,7 @@ def recalibrate_file(weights: Path, data: Path, out: Path, recipe: Recipe, displ
         out.with_name(f".{out.name}.probe").unlink()
     world = _world()
     model, loaders = _opened(weights, data, recipe, world, display)
-    check_groups(recipe, recalibration_images(recipe, loaders.num_train))
+    check_groups(most_images(recipe.recalibrate, loaders.num_train), recipe.data.group_images)
     report = recalibrate_as(recipe, model, loaders, world, functools.partial(display.progress, "recalibrate"))
     if report.num_layers == 0:
         display.say(f"note: {recipe.model.arch} has no BatchNorm; {out} holds the weights as they were")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from swa_dist.config import Recipe
+from swa_dist.config import Recalibrate, Recipe
 from swa_dist.data.order import Loaders, Span
 from swa_dist.errors import DataError, NumericsError
 from swa_dist.method.moments import Moments
@@ -65,7 +65,7 @@ def recalibrate_as(
     Collective. `progress` is told images done and wanted, over all workers.
     """
     plan, size = recipe.recalibrate, recipe.data.group_images
-    limit = min(plan.images, loaders.num_train) if isinstance(plan.images, int) else loaders.num_train
+    limit = most_images(plan, loaders.num_train)
 
     def images(span: Span) -> Iterator[Tensor]:
         done = span.start
@@ -87,6 +87,11 @@ def recalibrate_as(
         if plan.second_pass == "off" or report.num_layers == 0:
             return report
         return second_pass(model, lambda: images(Span(0, limit)), world, report, remove=plan.second_pass == "remove")
+
+
+def most_images(plan: Recalibrate, num_train: int) -> int:
+    """How many training images are looked at, at most."""
+    return min(plan.images, num_train) if isinstance(plan.images, int) else num_train
 
 
 @torch.no_grad()

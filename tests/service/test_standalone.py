@@ -17,7 +17,7 @@ from swa_dist.training.evaluate import evaluate
 from swa_dist.training.recalibrate import recalibrate_as
 from swa_dist.training.world import World
 from tests import support
-from tests.support import swa_dist
+from tests.support import swa_dist_forked as swa_dist
 
 DIGITS = ("--recipe", "digits")
 METRICS = ("top1", "top5", "nll", "ece")
