@@ -1,5 +1,6 @@
 """The workers of a run, as one of them sees them. The same functions run alone and on many."""
 
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,11 +155,20 @@ def on_rank_zero(world: World, work: Callable[[], T], *, patient: bool = False) 
         try:
             outcome = (work(), None)
         except Exception as caught:
-            outcome = (None, caught)
+            outcome = (None, _sendable(caught))
     value, error = world.gather(outcome, patient=patient)[0]
     if error is not None:
         raise error
     return value  # type: ignore[no-any-return]
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or one that says the same, where it can't be sent: the others must not be left waiting."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"on rank 0: {type(error).__name__}: {error}")
+    return error
 
 
 def broadcast_tensors(world: World, tensors: dict[str, Tensor] | None, source: int = 0) -> dict[str, Tensor]:

@@ -26,6 +26,24 @@ def fail_on_rank_zero(world: World) -> str:
     return "no error"
 
 
+class UnsendableError(Exception):
+    """Can't be made from its arguments alone, as many a library's errors."""
+
+    def __init__(self, what: str, *, why: str) -> None:
+        super().__init__(f"{what}, {why}")
+
+
+def fail_unsendably(world: World) -> str:
+    def work() -> None:
+        raise UnsendableError("broken", why="because")
+
+    try:
+        on_rank_zero(world, work)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
 def answer_of_rank_zero(world: World) -> int:
     return on_rank_zero(world, lambda: 42 + world.rank)
 
@@ -51,6 +69,7 @@ def test_all_values_are_named_and_with_three_workers_the_odd_one() -> None:
 def test_an_error_of_rank_zero_is_everyones() -> None:
     assert run_workers(fail_on_rank_zero, 2) == ["seen on rank 0"] * 2
     assert run_workers(answer_of_rank_zero, 3) == [42] * 3
+    assert run_workers(fail_unsendably, 2) == ["on rank 0: UnsendableError: broken, because"] * 2
 
 
 def test_a_failed_worker_fails_the_test() -> None:
