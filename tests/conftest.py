@@ -1,6 +1,7 @@
 """What all tests share: an environment that leaves the machine alone, real images, weights fitted to them."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,28 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few_digits(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All training images, and 97 of the validation images: no number of workers divides that either."""
+    root = tmp_path_factory.mktemp("few") / "data"
+    root.mkdir()
+    (root / "train").symlink_to(digits / "train")
+    for label in range(10):
+        folder = root / "val" / str(label)
+        folder.mkdir(parents=True)
+        for image in islice(sorted((digits / "val" / str(label)).iterdir()), 10 if label < 7 else 9):
+            (folder / image.name).symlink_to(image)
+    return root
+
+
+@pytest.fixture(scope="session")
 def start_weights(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet-18 fitted to the digits."""
     path = tmp_path_factory.mktemp("start") / "start.safetensors"
     support.run_workers(support.fit_start, 1, str(digits), str(path))
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first."""
+    order = ["laws", "golden", "unit", "distributed", "service"]
+    items.sort(key=lambda item: order.index(item.path.parent.name))

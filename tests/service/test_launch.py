@@ -35,16 +35,16 @@ def summary_in(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_torchrun_and_one_process_give_the_same(digits: Path, start_weights: Path, tmp_path: Path) -> None:
+def test_torchrun_and_one_process_give_the_same(few_digits: Path, start_weights: Path, tmp_path: Path) -> None:
     alone, many = tmp_path / "alone", tmp_path / "many"
     for folder in (alone, many):
         folder.mkdir()
     # At a fine-tuning rate rounding stays rounding.
     low = {"schedule.max_lr": 1e-3, "schedule.min_lr": 1e-4}
-    result = swa_dist(*settings(digits, start_weights, **low), cwd=alone)
+    result = swa_dist(*settings(few_digits, start_weights, **low), cwd=alone)
     assert result.returncode == 0, result.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [*torchrun, "-m", "swa_dist", *settings(digits, start_weights, **low)]
+    arguments = [*torchrun, "-m", "swa_dist", *settings(few_digits, start_weights, **low)]
     result = subprocess.run(arguments, cwd=many, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("verdict:") == 1
@@ -55,10 +55,10 @@ def test_torchrun_and_one_process_give_the_same(digits: Path, start_weights: Pat
 
 
 def test_sigterm_saves_the_state_and_the_same_command_resumes(
-    digits: Path, start_weights: Path, tmp_path: Path
+    few_digits: Path, start_weights: Path, tmp_path: Path
 ) -> None:
     # Two hundred epochs: it can't be over before the signal comes.
-    arguments = settings(digits, start_weights, **{"optim.epochs": 200})
+    arguments = settings(few_digits, start_weights, **{"optim.epochs": 200})
     process = subprocess.Popen(
         command(*arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -103,10 +103,10 @@ def port() -> int:
 
 
 def test_mlflow_away_the_run_goes_on_and_replay_delivers(
-    digits: Path, start_weights: Path, tmp_path: Path, port: int
+    few_digits: Path, start_weights: Path, tmp_path: Path, port: int
 ) -> None:
     uri = f"http://127.0.0.1:{port}"
-    result = swa_dist(*settings(digits, start_weights, **{"tracking.uri": uri}), cwd=tmp_path)
+    result = swa_dist(*settings(few_digits, start_weights, **{"tracking.uri": uri}), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (folder,) = tmp_path.glob("runs/swa-*")
     assert f"swa-dist replay {folder}" in result.stdout
