@@ -68,6 +68,15 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} must be writable, but is not: {error.strerror}. Choose another place.") from None
 
 
+def check_writable(folder: Path) -> None:
+    """Make the folder if need be. Raises OutputError where no file can be made in it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+
+
 @contextlib.contextmanager
 def only_one(path: Path, what: str) -> Iterator[None]:
     """Within the block this process alone holds the lock file `path`; it is let go even if the process is killed.

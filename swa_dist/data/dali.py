@@ -19,10 +19,6 @@ from swa_dist.data.index import Index
 from swa_dist.data.order import Batch, Group, Ints, Span, Stream, Transforms
 from swa_dist.errors import DataError
 
-# Of ImageNet, as torchvision's weights expect; pixels from 0 to 255.
-MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
-
 _PREFETCH = 2
 
 Source = Iterator[tuple[Any, ...]]
@@ -173,8 +169,8 @@ def _normalised(images: Any, data: Data, mirror: Any) -> Any:
         images,
         crop=(data.image_size, data.image_size),
         mirror=mirror,
-        mean=list(MEAN),
-        std=list(STD),
+        mean=[255 * m for m in order.MEAN],
+        std=[255 * s for s in order.STD],
         dtype=types.FLOAT,
         output_layout="CHW",
     )

@@ -12,9 +12,6 @@ from swa_dist.config import Data
 from swa_dist.data import order
 from swa_dist.data.order import Batch, Group, Ints, Span, Stream, Transforms
 
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
-
 
 @dataclass(frozen=True)
 class MemoryLoaders:
@@ -99,5 +96,7 @@ class MemoryLoaders:
         return self._group(torch.where(mirrored, upright.flip(-1), upright), self.train_labels, ids)
 
     def _group(self, images: Tensor, labels: Tensor, ids: Ints) -> Group:
-        scaled = functional.normalize(functional.to_dtype(images, torch.float32, scale=True), list(_MEAN), list(_STD))
+        scaled = functional.normalize(
+            functional.to_dtype(images, torch.float32, scale=True), list(order.MEAN), list(order.STD)
+        )
         return Group(images=scaled.to(self.device), labels=labels[torch.from_numpy(ids)].to(self.device), ids=ids)

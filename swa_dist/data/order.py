@@ -19,6 +19,10 @@ from swa_dist.errors import ConfigError
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+# Of ImageNet's red, green and blue, from 0 to 1, as torchvision's weights expect.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
 _TRIES = 10  # of a random crop, as torchvision's RandomResizedCrop
 _DRAWS = 24  # 64-bit numbers per image: 2 per try, 2 for the place, 1 for the flip; a multiple of Philox's 4
 

@@ -27,7 +27,7 @@ from swa_dist.service import registry, tracking
 from swa_dist.service.progress import Display
 from swa_dist.service.tracking import Spool, SpoolTracker, Target
 from swa_dist.service.weights import LocalWeights, fetch, published_top1
-from swa_dist.storage import Store, only_one, read_json, sha256_file, write_atomic, writing
+from swa_dist.storage import Store, check_writable, only_one, read_json, sha256_file, write_atomic, writing
 from swa_dist.training.finetune import finetune
 from swa_dist.training.recalibrate import most_images
 from swa_dist.training.world import World, pin_arithmetic
@@ -193,11 +193,7 @@ def _resolve(recipe: Recipe) -> Recipe:
 
 def _check_writable(folder: Path) -> None:
     try:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+        check_writable(folder)
     except OutputError as error:
         raise OutputError(f"`output.dir` must be a folder that can be written: {error}") from None
 

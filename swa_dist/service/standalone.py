@@ -14,9 +14,9 @@ from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.order import check_groups
-from swa_dist.errors import ConfigError, DataError
+from swa_dist.errors import ConfigError, DataError, OutputError
 from swa_dist.service.progress import Display
-from swa_dist.storage import write_atomic, writing
+from swa_dist.storage import check_writable, write_atomic
 from swa_dist.training.evaluate import evaluate
 from swa_dist.training.recalibrate import most_images, recalibrate_as
 from swa_dist.training.world import SoloWorld
@@ -51,10 +51,10 @@ def recalibrate_file(weights: Path, data: Path, out: Path, recipe: Recipe, displ
     """Write the weights, with BatchNorm statistics of the images in a folder of class folders, to `out`."""
     if out.suffix != ".safetensors":
         raise ConfigError(f"`--out` must be a .safetensors file, but is {out}.")
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_name(f".{out.name}.probe").touch()
-        out.with_name(f".{out.name}.probe").unlink()
+    try:
+        check_writable(out.parent)
+    except OutputError as error:
+        raise OutputError(f"`--out` must be where files can be written, but {out} is not: {error}") from None
     world = _world()
     model, loaders = _opened(weights, data, recipe, world, display)
     check_groups(most_images(recipe.recalibrate, loaders.num_train), recipe.data.group_images)

@@ -71,6 +71,17 @@ class RunningStatistics:
 
 
 @contextlib.contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """After the block each module is in train or evaluation mode as it was before."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
 def unrecorded(model: nn.Module) -> Iterator[None]:
     """Within the block BatchNorm in train mode normalises by its batch and leaves the running statistics alone.
 

@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from swa_dist.config import Recipe
 from swa_dist.data.order import Group
+from swa_dist.training.batchnorm import modes_restored
 from swa_dist.training.world import World
 
 _ECE_BINS = 15
@@ -72,9 +73,8 @@ def evaluate(
     """
     rows = torch.zeros(num_images, _COLUMNS, dtype=torch.float64, device=world.device)
     seen = torch.zeros(num_images, dtype=torch.int64, device=world.device)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with modes_restored(model):
+        model.eval()
         done = 0
         for group in groups:
             with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
@@ -94,9 +94,6 @@ def evaluate(
             seen[ids] += 1
             done += len(ids)
             progress(min(done * world.size, num_images), num_images)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     # Each image is on one worker, so the sum over workers is a gather.
     world.sum_(rows)
     if not (world.sum_(seen) == 1).all():

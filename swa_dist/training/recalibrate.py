@@ -151,7 +151,7 @@ class Pass:
 
     def __enter__(self) -> "Pass":
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_modes_restored(self._model))
+            stack.enter_context(batchnorm.modes_restored(self._model))
             stack.enter_context(batchnorm.unrecorded(self._model))
             stack.enter_context(torch.autocast(self._world.device.type, enabled=False))
             self._model.eval()
@@ -283,13 +283,3 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
         for buffer, before in kept:
             buffer.copy_(before)
         raise
-
-
-@contextlib.contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
