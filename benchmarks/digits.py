@@ -17,7 +17,7 @@ from swa_dist.data import digits
 from swa_dist.evidence.verdict import control_of
 from swa_dist.service import quickstart
 from swa_dist.service.progress import Display, display
-from swa_dist.storage import Store
+from swa_dist.storage.store import DiskStore
 from swa_dist.training.finetune import finetune
 from swa_dist.training.state import Row
 from swa_dist.training.world import SoloWorld
@@ -59,7 +59,7 @@ def run(seed: int, root: Path, shown: Display) -> dict[str, float]:
     )
     loaders = quickstart.digits_loaders(recipe)
     quickstart.train_start(recipe, loaders, Path(recipe.model.weights), shown)
-    found = finetune(recipe, SoloWorld(), loaders, Store(folder), Untracked(seed, shown), lambda: False)
+    found = finetune(recipe, SoloWorld(), loaders, DiskStore(folder), Untracked(seed, shown), lambda: False)
     top1 = {name: candidate.outcomes.metrics()["top1"] for name, candidate in found.items()}
     return top1 | {"control": top1[control_of({name: c.outcomes for name, c in found.items()})]}
 

@@ -1,18 +1,24 @@
 """The command line: verbs only. What a verb needs is imported inside it, so that `--help` is instant."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from swa_dist import config
 from swa_dist.errors import ConfigError, ExitCode, SwaDistError
+from swa_dist.storage.folder import absolute
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from swa_dist.service.kube import Kube
     from swa_dist.service.progress import Display
+    from swa_dist.service.ray_jobs import RayJobs
 
 T = TypeVar("T")
 
@@ -33,10 +39,20 @@ ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A weights file
 DataPath = Annotated[Path, typer.Argument(metavar="DATA", help="A folder of class folders of images.")]
 OfRun = Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="Default: that of the run MODEL is in.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of one that is shipped.")]
+RecipePath = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, the name of one that is shipped, or env:VARIABLE.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace a setting of the recipe. Repeatable.")
 ]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A Ray job: swa-KEY-aN.")]
+To = Annotated[Literal["ray", "kube"], typer.Option("--to", help="A Ray cluster's jobs server, or Kubernetes.")]
+Address = Annotated[
+    str | None, typer.Option("--address", metavar="URL", help="http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS.")
+]
+CaFile = Annotated[Path | None, typer.Option("--ca-file", metavar="FILE", help="Certificates to trust, for https.")]
+Namespace = Annotated[str | None, typer.Option("--namespace", help="With --to kube. Default: the context's.")]
+Context = Annotated[str | None, typer.Option("--context", help="With --to kube: of the kubeconfig.")]
 Again = Annotated[bool, typer.Option("--again", help="Set a finished run aside and begin anew.")]
 
 
@@ -63,14 +79,14 @@ def finetune(recipe: RecipePath, overrides: Overrides = None, again: Again = Fal
 @app.command()
 def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe, and say everything that is wrong with it."""
-    checked = config.load(_find(recipe), overrides or ())
+    checked = _load(recipe, overrides)
     print(f"{checked.name}: no problems. fingerprint {config.fingerprint(checked)[:12]}")
 
 
 @app.command()
 def show(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print a recipe with everything it leaves to defaults."""
-    print(config.to_yaml(config.load(_find(recipe), overrides or ())), end="")
+    print(config.to_yaml(_load(recipe, overrides)), end="")
 
 
 @app.command()
@@ -80,11 +96,11 @@ def schema() -> None:
 
 
 @app.command()
-def replay(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
+def replay(run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, on disk or on S3.")]) -> None:
     """Send MLflow what a run could not send, and register what it could not register."""
     from swa_dist.service import result as service
 
-    _shown(lambda display: service.replay(run.resolve(), display))
+    _shown(lambda display: service.replay(absolute(run), display))
     print(f"nothing waits in {run}")
 
 
@@ -95,7 +111,7 @@ def evaluate(
     """Score a weights file on a folder of images, as a run does."""
     from swa_dist.service import standalone
 
-    checked = config.load(_find(recipe) if recipe else standalone.recipe_beside(model), overrides or ())
+    checked = _load(recipe or str(standalone.recipe_beside(model)), overrides)
     found = _shown(lambda display: standalone.evaluate_file(model, data, checked, display), quiet=as_json)
     _print(found, as_json, {"top1": " %", "top5": " %", "ece": " %", "nll": " nats per image"})
 
@@ -112,7 +128,7 @@ def recalibrate(
     """Give a weights file the BatchNorm statistics of a folder of images, exactly, and say how sure they are."""
     from swa_dist.service import standalone
 
-    checked = config.load(_find(recipe) if recipe else standalone.recipe_beside(model), overrides or ())
+    checked = _load(recipe or str(standalone.recipe_beside(model)), overrides)
     found = _shown(lambda display: standalone.recalibrate_file(model, data, out, checked, display), quiet=as_json)
     errors = ("sampling_error", "split_half", "grouping_dependence")
     _print(found, as_json, dict.fromkeys(errors, " standard deviations"))
@@ -129,20 +145,149 @@ def digits(folder: Annotated[Path, typer.Argument(help="Where to write; left alo
 
 @data_app.command()
 def index(
-    folder: Annotated[Path, typer.Argument(help="A folder of class folders.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the index (Parquet).")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="A folder of class folders.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Where to write the index of FOLDER (Parquet), on disk or S3.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="RECIPE", help="Index its data.train and data.val into its data.index."),
+    ] = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Read a folder of images: how many, which classes, which files are damaged, and the digest that names it all."""
-    from swa_dist.data import index as source
+    """Read images' headers: how many, which classes, which files are damaged, and the digest that names it all.
 
+    With --recipe, where the images are, for submissions from where they are not.
+    """
+    from swa_dist.data import index as source
+    from swa_dist.service import identity
+
+    if (folder is None) == (recipe is None):
+        raise typer.BadParameter("give either FOLDER or --recipe RECIPE")
+    if recipe is not None:
+        checked = identity.absolute_addresses(_load(recipe, overrides))
+        digest = _shown(lambda display: identity.write_indices(checked, display))
+        print(f"{checked.data.index}: indices of train and val, digest {digest}")
+        return
+    assert folder is not None
+    root = folder.resolve()
     found = _shown(
-        lambda display: source.scan(
-            folder.resolve(), "FOLDER", lambda done, total: display.progress("index", done, total)
-        )
+        lambda display: source.scan(root, "FOLDER", lambda done, total: display.progress("index", done, total))
     )
     if out is not None:
-        source.save(found, out)
+        source.save(found, absolute(out))
     print(f"{folder}: {len(found):,} images, {len(found.classes):,} classes, digest {found.digest}")
+
+
+@app.command()
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    to: To = "ray",
+    address: Address = None,
+    ca_file: CaFile = None,
+    overlay: Annotated[str, typer.Option(help="With --to kube: the overlay of k8s/ that the RayJob is of.")] = "gpu",
+    template: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --to kube: the RayJob, rendered before, instead.")
+    ] = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    wait: Annotated[bool, typer.Option(help="Follow the run to its end, and end with its exit code.")] = True,
+) -> None:
+    """Have a cluster run a recipe. Attaches to the run if it runs already; says so if it is finished; resumes it if it
+    failed.
+
+    Ctrl-C detaches; the run goes on. Paths in the recipe are the cluster's.
+    """
+    from swa_dist.service import submit as service
+
+    checked = _load(recipe, overrides)
+    place = _place(to, address, ca_file, namespace, context, template=template, overlay=overlay)
+    sys.exit(_shown(lambda display: service.submit(checked, place, display, wait=wait)))
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="swa-KEY-aN. Default: all of the cluster.")] = None,
+    to: To = "ray",
+    address: Address = None,
+    ca_file: CaFile = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how submitted runs are."""
+    from swa_dist.service import report
+
+    facts = _place(to, address, ca_file, namespace, context).describe(run)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        report.show_submissions(facts, _console())
+
+
+@app.command()
+def logs(
+    run: RunName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends; its exit code.")] = False,
+    address: Address = None,
+    ca_file: CaFile = None,
+) -> None:
+    """Print what a Ray job has printed."""
+    jobs = _ray_jobs(address, ca_file)
+    if follow:
+        sys.exit(_shown(lambda display: jobs.follow(run, display)))
+    print(jobs.logs(run), end="")
+
+
+@app.command()
+def stop(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A Ray job, swa-KEY-aN, or a run's folder.")],
+    address: Address = None,
+    ca_file: CaFile = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which the job is ended as it is.")] = 600.0,
+) -> None:
+    """Have a run commit its state at its next steps and end. The same command as before then resumes it."""
+    if config.parse_attempt_name(run) is None:
+        from swa_dist.service import layout
+
+        layout.request_stop(absolute(run))
+        print(f"asked the run in {run} to stop; it ends with exit code {ExitCode.STOPPED}, its state saved")
+        return
+    jobs = _ray_jobs(address, ca_file)
+    _shown(lambda display: jobs.stop(run, display, timeout))
+
+
+@app.command()
+def render(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    overlay: Annotated[str, typer.Option(help="The overlay of k8s/.")] = "gpu",
+) -> None:
+    """Print the Kubernetes manifests that a submission of a recipe would apply."""
+    from swa_dist.service import kube
+
+    print(kube.rendered(_load(recipe, overrides), overlay), end="")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Also try what this recipe names.")] = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at everything a run depends on: a line each, with what to do. Ends with 69 if something is broken."""
+    from swa_dist.service import doctor as service
+
+    checked = None if recipe is None else _load(recipe, overrides)
+    found = service.examine(checked, address, ca_file)
+    if as_json:
+        print(json.dumps([finding.facts() for finding in found], indent=1))
+    else:
+        service.show(found, _console())
+    sys.exit(service.exit_code(found))
 
 
 def main() -> None:
@@ -178,18 +323,55 @@ def _print(facts: dict[str, Any], as_json: bool, units: dict[str, str]) -> None:
 
 
 def _run(service: Any, recipe: str, overrides: list[str] | None) -> None:
-    import os
-
-    from rich.console import Console
-
     from swa_dist.service import report
 
-    checked = config.load(_find(recipe), overrides or ())
+    checked = _load(recipe, overrides)
     finished = _shown(lambda display: service(checked, display))
     if int(os.environ.get("RANK", "0")) == 0:
-        terminal = Console()
-        console = terminal if terminal.is_terminal else Console(width=_LOG_WIDTH)
-        report.show(finished.summary, console, already=finished.already)
+        report.show(finished.summary, _console(), already=finished.already)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=_LOG_WIDTH)
+
+
+def _ray_jobs(address: str | None, ca_file: Path | None) -> "RayJobs":
+    from swa_dist.service.ray_jobs import RayJobs
+
+    return RayJobs(address, True if ca_file is None else str(ca_file))
+
+
+def _place(
+    to: str,
+    address: str | None,
+    ca_file: Path | None,
+    namespace: str | None,
+    context: str | None,
+    *,
+    template: Path | None = None,
+    overlay: str | None = None,
+) -> "RayJobs | Kube":
+    if to == "ray":
+        return _ray_jobs(address, ca_file)
+    from swa_dist.service import kube
+
+    if template is not None:
+        job = kube.load_template(template)
+    else:
+        job = None if overlay is None else kube.template_of(kube.render(overlay))
+    return kube.Kube(namespace=namespace, context=context, template=job)
+
+
+def _load(recipe: str, overrides: list[str] | None) -> config.Recipe:
+    if recipe.startswith("env:"):
+        variable = recipe.removeprefix("env:")
+        if variable not in os.environ:
+            raise ConfigError(f"`RECIPE` must name a variable that is set, but {variable} is not.")
+        return config.parse(os.environ[variable], variable, overrides or ())
+    return config.load(_find(recipe), overrides or ())
 
 
 def _find(recipe: str) -> Path:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -75,6 +76,9 @@ class Data:
     """Training: width / height of a random crop, least and most."""
     flip: bool = True
     """Training: mirror every other image."""
+    index: str = "scan"
+    """Folder, on disk or S3, of the indices that `swa-dist data index --recipe` wrote. `scan`: read the images' headers
+    at each start; a submission, which doesn't see the images, needs an index."""
     num_threads: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = "auto"
     """Decoding threads per worker. `auto`: the cores this worker has."""
 
@@ -232,6 +236,11 @@ class Cluster:
     launcher: Literal["ray", "process"] = "ray"
     """`ray`: Ray Train workers. `process`: this one process. Under torchrun its processes are the workers."""
     num_workers: Annotated[int, Field(ge=1, le=16_384)] = 1
+    min_workers: Literal["all"] | Annotated[int, Field(ge=1, le=16_384)] = "all"
+    """With `ray`: go on with as few as these while the cluster has no more. `all`: wait for `num_workers`."""
+    max_failures: Annotated[int, Field(ge=0, le=1000)] = 3
+    """With `ray`: how often workers that died are started again, from the last checkpoint, before the run fails. Nodes
+    that are taken away with notice don't count."""
     cpus_per_worker: Annotated[float, Field(gt=0, le=1024)] = 1.0
     gpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=0, le=1)] = "auto"
     """`auto`: one where the machine has any."""
@@ -299,6 +308,7 @@ NOT_IN_KEY = frozenset(
         "data.kind",
         "data.train",
         "data.val",
+        "data.index",
         "data.num_threads",
         "evaluate.published_top1",
         "evaluate.preflight",
@@ -319,18 +329,25 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in the YAML file `source`, with `a.b=value` overrides. Raises ConfigError naming every mistake."""
     path = Path(source)
     try:
-        tree = _yaml().load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"`RECIPE` must be a YAML file, but {path} does not exist.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"`RECIPE` must be a readable YAML file, but {path} is not: {error}.") from None
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, origin: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in YAML text from `origin`, with `a.b=value` overrides. Raises ConfigError naming every mistake."""
+    try:
+        tree = _yaml().load(text)
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path} must be YAML, but is not: {error}") from None
+        raise ConfigError(f"{origin} must be YAML, but is not: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a tree of settings, but holds {type(tree).__name__}.")
+        raise ConfigError(f"{origin} must hold a tree of settings, but holds {type(tree).__name__}.")
     for override in overrides:
         _override(tree, override)
-    return from_tree(tree, origin=str(path))
+    return from_tree(tree, origin=origin)
 
 
 def from_tree(tree: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
@@ -397,6 +414,17 @@ def run_key(recipe: Recipe, weights_digest: str, data_digest: str) -> str:
     return _digest({"numerics": NUMERICS_VERSION, "recipe": fields, "weights": weights_digest, "data": data_digest})
 
 
+def attempt_name(run_key: str, attempt: int) -> str:
+    """Of an attempt's Ray run, Ray job and RayJob: names that are given out once, and short enough for Kubernetes."""
+    return f"swa-{run_key[:12]}-a{attempt}"
+
+
+def parse_attempt_name(name: str) -> tuple[str, int] | None:
+    """The first 12 digits of the run key and the attempt that `attempt_name` named; None for other names."""
+    found = re.fullmatch(r"swa-([0-9a-f]{12})-a([1-9][0-9]*)", name)
+    return (found[1], int(found[2])) if found else None
+
+
 def replace(recipe: Recipe, **fields: Any) -> Recipe:
     """A copy of `recipe` with dotted fields replaced, `replace(r, **{"model.weights": path})`, checked again."""
     tree = to_tree(recipe)
@@ -414,6 +442,7 @@ def _contradictions(r: Recipe) -> Iterable[str]:
     yield from _data_contradictions(r)
     yield from _schedule_contradictions(r)
     yield from _average_contradictions(r)
+    yield from _secrets(r)
 
 
 def _data_contradictions(r: Recipe) -> Iterable[str]:
@@ -430,6 +459,10 @@ def _data_contradictions(r: Recipe) -> Iterable[str]:
             f"`cluster.num_workers` must be at most the groups in a global batch ({groups} ="
             f" {r.data.global_batch} images / {r.data.group_images}), but is {workers}. Set {remedy}"
             f"`data.global_batch` to {workers * r.data.group_images} or more: another result and another key."
+        )
+    if r.cluster.min_workers != "all" and r.cluster.min_workers > workers:
+        yield (
+            f"`cluster.min_workers` must be at most `cluster.num_workers` ({workers}), but is {r.cluster.min_workers}."
         )
     if r.data.resize_size < r.data.image_size:
         yield (
@@ -499,10 +532,25 @@ def _average_contradictions(r: Recipe) -> Iterable[str]:
                 f"`average.num_replicas` must be `cluster.num_workers` ({r.cluster.num_workers}) where `average.sync`"
                 f" is local, but is {average.num_replicas}: each worker is a replica of its own."
             )
+        if r.cluster.min_workers != "all":
+            yield (
+                "`cluster.min_workers` must be all where `average.sync` is local, but is"
+                f" {r.cluster.min_workers}: the number of replicas decides the result."
+            )
         if average.ema != "off":
             yield (
                 "`average.ema` must be off where `average.sync` is local, but is on: it would need all workers'"
                 " weights after every step."
+            )
+
+
+def _secrets(r: Recipe) -> Iterable[str]:
+    """A recipe travels in the open: to the cluster, into MLflow, into logs."""
+    for name, value in flatten(to_tree(r)).items():
+        if isinstance(value, str) and re.search(r"://[^/@\s]*:[^/@\s]*@", value):
+            yield (
+                f"`{name}` must be an address without a password, but holds one. Give it where the run is, in the"
+                " environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_*)."
             )
 
 

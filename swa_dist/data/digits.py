@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from swa_dist.storage import new_folder
+from swa_dist.storage.files import new_folder
 
 NUM_CLASSES = 10
 IMAGE_SIZE = 32

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from swa_dist.data.order import Ints
 from swa_dist.errors import DataError
-from swa_dist.storage import write_atomic
+from swa_dist.storage import folder
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
 _MAX_PIXELS = 50_000_000  # above it a file is taken for a decompression bomb
@@ -99,19 +99,24 @@ def scan(root: Path, split: str, progress: Progress | None = None) -> Index:
     )
 
 
-def save(index: Index, path: Path) -> None:
+def save(index: Index, url: str) -> None:
+    """Write the index at a path or an address on S3. Raises OutputError or ServiceError."""
     table = pa.table(
         {"path": index.paths, "label": index.labels, "height": index.heights, "width": index.widths}
     ).replace_schema_metadata({"swa_dist": json.dumps({"schema": 1, "classes": index.classes, "digest": index.digest})})
     written = io.BytesIO()
     pq.write_table(table, written)
-    write_atomic(path, written.getvalue())
+    folder.write(url, written.getvalue())
 
 
-def load(path: Path, root: Path) -> Index:
-    """The index saved at `path`, of the images under `root`. Raises DataError where it can't be read."""
+def load(url: str, root: Path) -> Index:
+    """The index saved at a path or an address on S3, of the images under `root`. Raises DataError where it can't be
+    read, and ServiceError where S3 doesn't answer."""
     try:
-        table = pq.read_table(path)
+        content = folder.read(url)
+        if content is None:
+            raise FileNotFoundError("it is not there")
+        table = pq.read_table(pa.BufferReader(content))
         facts = json.loads(table.schema.metadata[b"swa_dist"])
         return Index(
             root=root,
@@ -123,7 +128,9 @@ def load(path: Path, root: Path) -> Index:
             digest=facts["digest"],
         )
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{path} must be an index of images, but can't be read: {error}. Remove it.") from None
+        raise DataError(
+            f"{url} must be an index of images, but can't be read: {error}. Write it with `swa-dist data index`."
+        ) from None
 
 
 def check_pair(train: Index, val: Index, num_classes: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import secrets
 import signal
@@ -33,7 +34,14 @@ def finetune(recipe: Recipe, display: Display, *, again: bool = False) -> Finish
         return _in_this_process(recipe, display, SoloWorld(_device(0)), again)
     _check_cores(recipe)
     with contextlib.ExitStack() as held:
-        job = run.prepare(recipe, display, held, num_workers=recipe.cluster.num_workers, again=again)
+        job = run.prepare(
+            recipe,
+            display,
+            held,
+            num_workers=recipe.cluster.num_workers,
+            again=again,
+            submission=_submission() if recipe.cluster.address == "auto" else "",
+        )
         if not isinstance(job, Job):
             return job
         with _environment(_private_ray() if recipe.cluster.address == "local" else {}):
@@ -56,6 +64,12 @@ def _check_cores(recipe: Recipe) -> None:
             f" cores at {cluster.cpus_per_worker:g} per worker, but is {cluster.num_workers}. Lower it, or"
             " `cluster.cpus_per_worker`; the result is the same."
         )
+
+
+def _submission() -> str:
+    """The submission id of the Ray job that this process is the driver of, or ""."""
+    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return str(settings.get("metadata", {}).get("job_submission_id", ""))
 
 
 def _private_ray() -> dict[str, str]:

@@ -14,7 +14,7 @@ from swa_dist.method.schedule import Linear
 from swa_dist.service import launch
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Finished
-from swa_dist.storage import read_json, write_atomic, writing
+from swa_dist.storage.files import read_json, write_atomic, writing
 from swa_dist.training import loop
 from swa_dist.training.averages import Averages
 from swa_dist.training.batchnorm import RunningStatistics

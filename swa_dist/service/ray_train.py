@@ -15,14 +15,16 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from swa_dist import config
 from swa_dist.config import Cluster
-from swa_dist.errors import ConfigError, ServiceError, SwaDistError
+from swa_dist.errors import ConfigError, ServiceError, Stopped, SwaDistError
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Job, work
+from swa_dist.storage.folder import join
 from swa_dist.training.world import TorchWorld
 
 _POLL_SECONDS = 0.5
@@ -36,46 +38,69 @@ def fit(job: Job, display: Display) -> None:
     with _connected(cluster), tempfile.TemporaryDirectory(prefix="swa-ray-") as scratch:
         gpus = _gpus_per_worker(cluster)
         _await_capacity(cluster, gpus, display)
-        board = _Board.remote()  # type: ignore[attr-defined]
+        elastic = _least(cluster) < cluster.num_workers
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"job": asdict(job), "board": board},
             torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
             scaling_config=ScalingConfig(
-                num_workers=cluster.num_workers,
+                num_workers=(_least(cluster), cluster.num_workers) if elastic else cluster.num_workers,
                 use_gpu=gpus > 0,
                 resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
             ),
             run_config=RunConfig(
                 name=job.name,
-                storage_path=scratch if cluster.address == "local" else str(job.folder / "ray"),
-                failure_config=FailureConfig(max_failures=0),
+                storage_path=scratch if cluster.address == "local" else join(job.run_dir, "ray"),
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
+                logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
         with _shown(board, display):
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
-                raise _cause(error) from error
+                raise (ray.get(board.ended_by.remote()) or _cause(error)) from error
+        ended = ray.get(board.ended_by.remote())
+        if ended is not None:
+            raise ended
 
 
 def _worker(settings: dict[str, Any]) -> None:
-    """One worker's life."""
-    device = ray.train.torch.get_device()
-    board = _BoardDisplay(settings["board"])
-    work(Job(**settings["job"]), TorchWorld(device), board, should_stop=lambda: False)
+    """One worker's life. Most errors of ours come from the run, not from the machine that it is on: workers are not
+    started again for them, or, where others wait for this one and must be ended, only to learn of it."""
+    board = settings["board"]
+    if ray.get(board.ended_by.remote()) is None:
+        device = ray.train.torch.get_device()
+        try:
+            work(Job(**settings["job"]), TorchWorld(device), _BoardDisplay(board), should_stop=lambda: False)
+        except Stopped as stopped:  # as one, on all workers
+            ray.get(board.end.remote(stopped))
+        except SwaDistError as error:
+            if not isinstance(error, ServiceError):  # what is down now may be up when they start again
+                ray.get(board.end.remote(error))
+            raise
     ray.train.report({"finished": 1})
 
 
 @ray.remote(num_cpus=0)
 class _Board:
-    """Where rank 0 pins what the driver's display is to show: the two need share nothing but Ray."""
+    """Where workers pin what the driver's display is to show, and what ended the run: the two need share nothing but
+    Ray."""
 
     def __init__(self) -> None:
         self._items: list[tuple[str, tuple[Any, ...]]] = []
+        self._ended_by: SwaDistError | None = None
 
     def pin(self, kind: str, arguments: tuple[Any, ...]) -> None:
         self._items.append((kind, arguments))
+
+    def end(self, error: SwaDistError) -> None:
+        self._ended_by = self._ended_by or error
+
+    def ended_by(self) -> SwaDistError | None:
+        return self._ended_by
 
     def take(self) -> list[tuple[str, tuple[Any, ...]]]:
         items, self._items = self._items, []
@@ -143,7 +168,7 @@ def _connected(cluster: Cluster) -> Iterator[None]:
                     _temp_dir=scratch,
                 )
             else:
-                ray.init(address=cluster.address, log_to_driver=True)
+                ray.init(address=cluster.address, logging_level="warning")
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ServiceError(
                 f"Ray at `cluster.address` ({cluster.address}) must answer, but does not: {error}."
@@ -152,6 +177,11 @@ def _connected(cluster: Cluster) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _least(cluster: Cluster) -> int:
+    """The number of workers that the run may start with."""
+    return cluster.num_workers if cluster.min_workers == "all" else cluster.min_workers
 
 
 def _gpus_per_worker(cluster: Cluster) -> int:
@@ -170,7 +200,7 @@ def _await_capacity(cluster: Cluster, gpus: int, display: Display) -> None:
         lacking = [
             (resource, each)
             for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", gpus))
-            if each and cluster.num_workers * each > have.get(resource, 0)
+            if each and _least(cluster) * each > have.get(resource, 0)
         ]
         if not lacking:
             return
@@ -178,11 +208,11 @@ def _await_capacity(cluster: Cluster, gpus: int, display: Display) -> None:
         if time.monotonic() >= deadline:
             raise ConfigError(
                 f"`cluster.num_workers` must be at most {int(have.get(resource, 0) / each)} where there are"
-                f" {have.get(resource, 0):g} {resource}s at {each:g} per worker, but is {cluster.num_workers}."
+                f" {have.get(resource, 0):g} {resource}s at {each:g} per worker, but is {_least(cluster)}."
                 " Lower it; the result is the same."
             )
         if not asked:
-            display.say(f"waiting up to {patience} s for {cluster.num_workers * each:g} {resource}s")
+            display.say(f"waiting up to {patience} s for {_least(cluster) * each:g} {resource}s")
             asked = True
         time.sleep(_CAPACITY_SECONDS)
 

@@ -1,11 +1,16 @@
 """The model registry: a run's candidate as a version to load. With tracking.py the only importer of mlflow."""
 
+import contextlib
+import hashlib
 import json
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import mlflow.artifacts
 import mlflow.pytorch
 import numpy as np
 import safetensors.torch
@@ -13,12 +18,18 @@ import torch
 from mlflow.exceptions import MlflowException
 
 from swa_dist import config, models
-from swa_dist.service.tracking import Event
-from swa_dist.storage import Store, read_json, write_atomic
+from swa_dist.errors import CheckpointError, ConfigError, SwaDistError
+from swa_dist.service import tracking
+from swa_dist.service.tracking import SPOOL_FILES, Event, Spool
+from swa_dist.storage.files import read_json, sha256_file, write_atomic
+from swa_dist.storage.folder import Folder
+from swa_dist.storage.store import DiskStore
 
 CHAMPION = "champion"
 REGISTERED = "registered.json"
 
+_SHA256 = "weights_sha256"
+_WEIGHTS = Path("extra_files/model.safetensors")  # in a logged model
 _EXAMPLE_IMAGES = 2  # an example of one image would fix the exported model's batch at one
 
 
@@ -29,6 +40,26 @@ class Registered:
     champion: bool
     """Whether this version is @champion."""
     why: str
+
+
+def spool_of(folder: Folder) -> Spool:
+    """The spool of a run, as it is now."""
+    folder.pull(*SPOOL_FILES)
+    return Spool(folder.local, folder.push)
+
+
+def send(folder: Folder) -> str:
+    """Send what waits in a run's spool, its model among it. Returns the MLflow run's id; raises ServiceError."""
+    spool = spool_of(folder)
+    for event in spool.waiting():
+        if event["kind"] == "artifact":
+            folder.pull(event["name"])
+        if event["kind"] == "model":
+            folder.store.open(event["entry"])
+            folder.pull(REGISTERED)
+    run_id = tracking.send(spool, {"model": register})
+    folder.push(REGISTERED)
+    return run_id
 
 
 def register(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Path) -> None:
@@ -48,7 +79,7 @@ def register(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Pat
 
 def _create_version(client: mlflow.MlflowClient, run_id: str, recipe: config.Recipe, folder: Path, event: Event) -> str:
     name = recipe.registry.model
-    weights = Store(folder).open(event["entry"]) / "model.safetensors"
+    weights = DiskStore(folder).open(event["entry"]) / "model.safetensors"
     model = models.build(recipe.model, recipe.seed)
     model.load_state_dict(safetensors.torch.load_file(weights))
     model.eval()  # in train mode logging would run a batch through and change BatchNorm's statistics
@@ -68,10 +99,64 @@ def _create_version(client: mlflow.MlflowClient, run_id: str, recipe: config.Rec
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    created = client.create_model_version(
-        name, source=info.model_uri, run_id=run_id, model_id=info.model_id, tags=_texts(event["tags"])
-    )
+    tags = _texts(event["tags"]) | {_SHA256: sha256_file(weights)}
+    created = client.create_model_version(name, source=info.model_uri, run_id=run_id, model_id=info.model_id, tags=tags)
     return str(created.version)
+
+
+def stated_sha256(uri: str, model: str) -> str | None:
+    """SHA-256 of the weights of a version, models:/NAME@ALIAS or models:/NAME/VERSION, by its tag; None without one."""
+    tags: dict[str, str] = _version(uri, model).tags
+    return tags.get(_SHA256)
+
+
+def pinned(uri: str, model: str) -> str:
+    """models:/NAME@ALIAS as models:/NAME/VERSION, which means the same for good."""
+    version = _version(uri, model)
+    return f"models:/{version.name}/{version.version}"
+
+
+def download(uri: str, model: str, cache: Path) -> Path:
+    """The weights file of a version, from the cache if it was there before."""
+    version = _version(uri, model)
+    source = hashlib.sha256(f"{uri} {version.name} {version.version} {version.run_id}".encode()).hexdigest()[:12]
+    path = cache / f"{version.name}-v{version.version}-{source}.safetensors"
+    if not path.is_file():
+        with tempfile.TemporaryDirectory() as scratch, _answering(uri):
+            address = f"models:/{version.name}/{version.version}"
+            found = mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=scratch, tracking_uri=uri)
+            weights = Path(found) / _WEIGHTS
+            if not weights.is_file():
+                raise CheckpointError(f"{address} must hold {_WEIGHTS}, but does not: another program registered it.")
+            write_atomic(path, weights.read_bytes())
+    return path
+
+
+def _version(uri: str, model: str) -> Any:
+    name, separator, which = model.removeprefix("models:/").partition("@" if "@" in model else "/")
+    if not name or not separator or not which:
+        raise ConfigError(f"`model.weights` must be like models:/NAME@ALIAS or models:/NAME/VERSION, but is {model}.")
+    tracking.configure_client()
+    with _answering(uri):
+        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+        try:
+            if separator == "@":
+                return client.get_model_version_by_alias(name, which)
+            return client.get_model_version(name, which)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise ConfigError(f"`model.weights` must be in the registry at {uri}, but {model} is not.") from None
+            raise
+
+
+@contextlib.contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except SwaDistError:
+        raise
+    except Exception as error:  # a database, a driver, a bucket: whatever MLflow is made of
+        raise tracking.unanswered(uri, error) from error
 
 
 def _existing_version(client: mlflow.MlflowClient, name: str, run_id: str) -> str | None:

@@ -1,5 +1,6 @@
 """A finished run as a person reads it."""
 
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -57,6 +58,28 @@ def show(summary: dict[str, Any], console: Console, *, already: bool) -> None:
     }
     for what, text in lines.items():
         console.print(f"{what + ':':<12}{text}", highlight=False, soft_wrap=True)
+
+
+def show_submissions(submissions: list[dict[str, Any]], console: Console) -> None:
+    """Print a table of submitted runs."""
+    if not submissions:
+        console.print("no runs")
+        return
+    table = Table()
+    for column in ("run", "recipe", "status", "exit code", "started", "time", "folder"):
+        table.add_column(column, overflow="fold")
+    for one in submissions:
+        code, seconds = one["exit_code"], one["seconds"]
+        table.add_row(
+            one["name"],
+            one["recipe"],
+            one["status"],
+            "" if code is None else str(code),
+            one["started"] or "",
+            "" if seconds is None else str(timedelta(seconds=seconds)),
+            one["run_dir"],
+        )
+    console.print(table)
 
 
 def _registered(summary: dict[str, Any]) -> str:

@@ -11,10 +11,11 @@ from swa_dist.config import Recipe
 from swa_dist.errors import ServiceError
 from swa_dist.evidence import verdict as evidence
 from swa_dist.service import registry, tracking
+from swa_dist.service.layout import SUMMARY
 from swa_dist.service.progress import Display
-from swa_dist.service.run import SUMMARY, Finished, Job
+from swa_dist.service.run import Finished, Job
 from swa_dist.service.tracking import Spool
-from swa_dist.storage import Store, read_json, write_atomic
+from swa_dist.storage.folder import Folder, open_folder
 from swa_dist.training.checkpoints import CANDIDATES
 from swa_dist.training.evaluate import Outcomes
 from swa_dist.training.state import load_entry
@@ -32,7 +33,8 @@ def _rank(name: str) -> tuple[int, str]:
 def conclude(job: Job, display: Display) -> Finished:
     """Weigh the scored candidates, register the one that the recipe names, and leave `summary.json`."""
     recipe = config.from_tree(job.recipe)
-    store, spool = Store(job.folder), Spool(job.folder)
+    folder = job.open()
+    store, spool = folder.store, registry.spool_of(folder)
     scored = {Path(entry).name: entry for entry in store.names(CANDIDATES)}
     entries = {name: load_entry(store, scored[name]) for name in sorted(scored, key=_rank)}
     outcomes = {name: Outcomes.of(parts["outcomes"]) for name, (parts, _) in entries.items()}
@@ -71,39 +73,38 @@ def conclude(job: Job, display: Display) -> Finished:
         "mlflow": asdict(spool.target),
     }
     _spool_result(job, recipe, spool, summary)
-    return Finished(deliver(job.folder, summary, display), already=False)
+    return Finished(deliver(folder, summary, display), already=False)
 
 
-def deliver(folder: Path, summary: dict[str, Any], display: Display) -> dict[str, Any]:
+def deliver(folder: Folder, summary: dict[str, Any], display: Display) -> dict[str, Any]:
     """Send what the spool holds, register, and write the summary with what came of it. MLflow down is no error here."""
     tracking.configure_client()
-    spool = Spool(folder)
     try:
-        summary["mlflow"]["run_id"] = tracking.send(spool, {"model": registry.register})
+        summary["mlflow"]["run_id"] = registry.send(folder)
     except ServiceError as error:
-        waiting = spool.waiting()
+        waiting = registry.spool_of(folder).waiting()
         display.say(f"warning: {error}")
-        display.say(f"  {len(waiting)} events wait to be sent. When it answers: swa-dist replay {folder}")
-    summary["registered"] = read_json(folder / registry.REGISTERED)
-    summary["waiting"] = len(spool.waiting())
-    write_atomic(folder / SUMMARY, json.dumps(summary, indent=1))
+        display.say(f"  {len(waiting)} events wait to be sent. When it answers: swa-dist replay {folder.url}")
+    summary["registered"] = folder.read_json(registry.REGISTERED)
+    summary["waiting"] = len(registry.spool_of(folder).waiting())
+    folder.write(SUMMARY, json.dumps(summary, indent=1))
     if summary["registered"] is not None:
-        _send_summary(folder, spool, display)
+        _send_summary(folder, display)
     return summary
 
 
-def replay(folder: Path, display: Display) -> dict[str, Any]:
+def replay(run_dir: str, display: Display) -> dict[str, Any]:
     """Send what waits in a run's spool. Raises ServiceError where MLflow still doesn't answer."""
-    spool = Spool(folder)
+    folder = open_folder(run_dir)
     tracking.configure_client()
-    summary = read_json(folder / SUMMARY)
+    summary = folder.read_json(SUMMARY)
     if summary is None:
-        tracking.send(spool, {"model": registry.register})
+        registry.send(folder)
         return {"waiting": 0}
     delivered = deliver(folder, summary, display)
     if delivered["waiting"]:
         raise ServiceError(
-            f"MLflow at {spool.target.uri} must answer, but does not; {delivered['waiting']} events wait."
+            f"MLflow at {summary['mlflow']['uri']} must answer, but does not; {delivered['waiting']} events wait."
         )
     return delivered
 
@@ -136,12 +137,12 @@ def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any
     )
 
 
-def _send_summary(folder: Path, spool: Spool, display: Display) -> None:
-    spool.append({"kind": "artifact", "name": SUMMARY})
+def _send_summary(folder: Folder, display: Display) -> None:
+    registry.spool_of(folder).append({"kind": "artifact", "name": SUMMARY})
     try:
-        tracking.send(spool, {"model": registry.register})
+        registry.send(folder)
     except ServiceError as error:
-        display.say(f"warning: {error} The summary waits to be sent: swa-dist replay {folder}")
+        display.say(f"warning: {error} The summary waits to be sent: swa-dist replay {folder.url}")
 
 
 def _phases(facts: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:

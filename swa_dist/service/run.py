@@ -5,7 +5,6 @@ value; `work` is what each worker does with it. What they found is weighed in re
 """
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -23,19 +22,19 @@ from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.index import Index
 from swa_dist.data.order import check_groups
 from swa_dist.errors import ConfigError, DataError, OutputError, ServiceError, Stopped, SwaDistError
-from swa_dist.service import registry, tracking
+from swa_dist.service import identity, registry, tracking
+from swa_dist.service.layout import ATTEMPT, RECIPE, STOP_REQUEST, SUMMARY, lease_url, run_dir
 from swa_dist.service.progress import Display
-from swa_dist.service.tracking import Spool, SpoolTracker, Target
+from swa_dist.service.tracking import SpoolTracker, Target
 from swa_dist.service.weights import LocalWeights, fetch, published_top1
-from swa_dist.storage import Store, check_writable, only_one, read_json, sha256_file, write_atomic, writing
+from swa_dist.storage import lease
+from swa_dist.storage.files import sha256_file, writing
+from swa_dist.storage.folder import Folder, check_writable, exists, join, open_folder, set_aside
 from swa_dist.training.finetune import finetune
 from swa_dist.training.recalibrate import most_images
 from swa_dist.training.world import World, pin_arithmetic
 
-SUMMARY = "summary.json"
-STOP_REQUEST = "stop"
-
-_ATTEMPT = "attempt.json"
+_LOOK_EVERY_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,26 +42,34 @@ class Job:
     """A run that was checked: what each worker is told. Plain values only."""
 
     recipe: dict[str, Any]
-    """Resolved: absolute paths, the weights a local file."""
+    """Resolved: absolute paths and addresses."""
     fingerprint: str
     run_key: str
     run_dir: str
+    """The run's folder, on disk or on S3."""
     attempt: int
     first_attempt: int
     """The attempt that began the state in `run_dir`."""
+    generation: int
+    """Of the lease under which this attempt writes."""
     weights: str
     """Where the starting weights came from, as the recipe has it."""
     weights_sha256: str
+    start: str
+    """The starting weights' file in `run_dir`."""
     data_digest: str
+    submission: str
+    """The Ray job that this attempt is, or ""."""
 
     @property
     def name(self) -> str:
         """Of this attempt's Ray run; single-use."""
-        return f"swa-{self.run_key[:12]}-a{self.attempt}"
+        return config.attempt_name(self.run_key, self.attempt)
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.run_dir)
+    def open(self) -> Folder:
+        """The run's folder. A commit there is refused once another process has taken the run over."""
+        register = lease.register(lease_url(self.run_dir))
+        return open_folder(self.run_dir, lease.guard(register, _what(self.run_key), self.generation))
 
 
 @dataclass(frozen=True)
@@ -75,70 +82,84 @@ class Finished:
 
 
 def prepare(
-    recipe: Recipe, display: Display, held: contextlib.ExitStack, *, num_workers: int, again: bool = False
+    recipe: Recipe,
+    display: Display,
+    held: contextlib.ExitStack,
+    *,
+    num_workers: int,
+    again: bool = False,
+    submission: str = "",
 ) -> Job | Finished:
     """Check everything that needs no workers and take the next attempt; or find the finished run of this key.
 
     `held` keeps other processes from this key until it is closed. `again`: set a finished or broken state aside and
-    begin anew. Writes the run's folder. Raises the error that is the person's to mend, before anything is written.
+    begin anew. `submission`: the name under which this was submitted, if it was. Writes the run's folder. Raises the
+    error that is the person's to mend, before anything is written.
     """
-    resolved = _resolve(recipe)
+    resolved = resolve(recipe)
     if num_workers > resolved.groups_per_batch:
         raise ConfigError(
             f"there must be at most as many workers as groups in a global batch ({resolved.groups_per_batch}), but are"
             f" {num_workers}. Start fewer, or set `data.group_images` smaller: another result and another key."
         )
-    _check_writable(Path(resolved.output.dir))
-    train, val = _scan(resolved, display)
-    weights = fetch(resolved.model)
-    local = config.replace(resolved, **{"model.weights": str(weights.path)})
-    network = models.build(local.model, local.seed)
-    models.load(network, local.model)
+    _check_writable(resolved.output.dir)
+    train, val = identity.indices(resolved, display)
+    _check_images(resolved, train, val)
+    weights = fetch(resolved.model, resolved.tracking.uri)
+    network = models.build(resolved.model, resolved.seed)
+    models.load(network, config.replace(resolved, **{"model.weights": str(weights.path)}).model)
     data_digest = index.data_digest(train, val)
     key = config.run_key(resolved, weights.sha256, data_digest)
+    least_attempt = _check_submission(submission, key)
     if resolved.checkpoint.extend_from != "nothing":
         _check_extension(resolved, weights.sha256, data_digest)
-    folder = Path(resolved.output.dir) / f"swa-{key[:12]}"
-    held.enter_context(only_one(folder.with_name(f".{folder.name}.lock"), f"the run with key {key[:12]}"))
-    state = read_json(folder / _ATTEMPT) or {"attempt": 0, "first_attempt": 1}
-    if again and folder.exists():
+    url = run_dir(resolved.output.dir, key)
+    kept = held.enter_context(lease.hold(lease.register(lease_url(url)), _what(key), display.say))
+    state = open_folder(url).read_json(ATTEMPT) or {"attempt": 0, "first_attempt": 1}
+    if again and exists(url):
         state = {"attempt": state["attempt"], "first_attempt": state["attempt"] + 1}
-        with writing(folder):
-            folder.rename(_free(folder.with_name(f"{folder.name}.attempt-{state['attempt']}")))
-    summary = read_json(folder / SUMMARY)
+        set_aside(url, f".attempt-{state['attempt']}")
+    folder = open_folder(url)
+    summary = folder.read_json(SUMMARY)
     if summary is not None:
         return Finished(summary, already=True)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        start = _kept_weights(folder, weights)
+    start = f"start{weights.path.suffix}"
     job = Job(
-        recipe=config.to_tree(config.replace(local, **{"model.weights": str(start)})),
+        recipe=config.to_tree(resolved),
         fingerprint=config.fingerprint(resolved),
         run_key=key,
-        run_dir=str(folder),
-        attempt=state["attempt"] + 1,
-        first_attempt=state["first_attempt"],
+        run_dir=url,
+        attempt=max(state["attempt"] + 1, least_attempt),
+        first_attempt=max(state["first_attempt"], least_attempt if not state["attempt"] else 0),
+        generation=kept.generation,
         weights=recipe.model.weights,
         weights_sha256=weights.sha256,
+        start=start,
         data_digest=data_digest,
+        submission=submission,
     )
-    with writing(folder):
-        (folder / STOP_REQUEST).unlink(missing_ok=True)
-        index.save(train, folder / "train.parquet")
-        index.save(val, folder / "val.parquet")
-    write_atomic(folder / "recipe.yaml", config.to_yaml(resolved))
-    write_atomic(folder / _ATTEMPT, json.dumps({"attempt": job.attempt, "first_attempt": job.first_attempt}))
-    _open_spool(job, resolved, train, val, num_workers, display)
+    with writing(folder.local):
+        folder.local.mkdir(parents=True, exist_ok=True)
+        _keep_weights(folder, weights, start)
+    folder.remove(STOP_REQUEST)
+    for split, found in (("train", train), ("val", val)):
+        index.save(found, join(url, f"{split}.parquet"))
+    folder.write(RECIPE, config.to_yaml(resolved))
+    folder.write(ATTEMPT, json.dumps({"attempt": job.attempt, "first_attempt": job.first_attempt}))
+    _open_spool(job, folder, resolved, train, val, num_workers, display)
     return job
 
 
 def work(job: Job, world: World, display: Display, should_stop: Callable[[], bool]) -> None:
     """Collective: one worker's part of the run. What it finds is committed in the run's folder."""
-    recipe = config.from_tree(job.recipe)
+    folder = job.open()
+    recipe = config.replace(config.from_tree(job.recipe), **{"model.weights": str(folder.local / job.start)})
     pin_arithmetic(world.device)
+    if world.rank == 0:  # who alone reads them
+        folder.pull(job.start)
     loaders = DaliLoaders(
-        train_index=index.load(job.folder / "train.parquet", Path(recipe.data.train)),
-        val_index=index.load(job.folder / "val.parquet", Path(recipe.data.val)),
+        train_index=index.load(join(job.run_dir, "train.parquet"), Path(recipe.data.train)),
+        val_index=index.load(join(job.run_dir, "val.parquet"), Path(recipe.data.val)),
         data=recipe.data,
         seed=recipe.seed,
         rank=world.rank,
@@ -147,16 +168,10 @@ def work(job: Job, world: World, display: Display, should_stop: Callable[[], boo
         num_threads=_decoding_threads(recipe),
     )
     tracking.configure_client()
-    tracker = SpoolTracker(Spool(job.folder), display) if world.rank == 0 else _Nobody()
+    tracker = SpoolTracker(registry.spool_of(folder), display) if world.rank == 0 else _Nobody()
+    requested = _Requested(folder) if world.rank == 0 else _never
     try:
-        finetune(
-            recipe,
-            world,
-            loaders,
-            Store(job.folder),
-            tracker,
-            lambda: should_stop() or (job.folder / STOP_REQUEST).exists(),
-        )
+        finetune(recipe, world, loaders, folder.store, tracker, lambda: should_stop() or requested())
     finally:
         tracker.close()
 
@@ -164,52 +179,56 @@ def work(job: Job, world: World, display: Display, should_stop: Callable[[], boo
 def note_failure(job: Job, error: BaseException) -> None:
     """Tell MLflow, if it answers, that this attempt ended without a result. Never gets in the way of `error`."""
     status = "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED"
-    spool = Spool(job.folder)
     with contextlib.suppress(SwaDistError, OSError):
-        spool.append({"kind": "status", "status": status, "time_ms": time.time_ns() // 1_000_000})
-        tracking.send(spool, {"model": registry.register})
+        folder = job.open()
+        registry.spool_of(folder).append({"kind": "status", "status": status, "time_ms": time.time_ns() // 1_000_000})
+        registry.send(folder)
 
 
-def _resolve(recipe: Recipe) -> Recipe:
+def resolve(recipe: Recipe) -> Recipe:
     """Absolute paths, since workers run elsewhere, and the addresses that `auto` stands for."""
-    uri = recipe.tracking.uri
-    if uri == "auto":
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
-    fields: dict[str, Any] = {
-        "tracking.uri": uri,
-        "data.train": str(Path(recipe.data.train).expanduser().resolve()),
-        "data.val": str(Path(recipe.data.val).expanduser().resolve()),
-        "output.dir": str(Path(recipe.output.dir).expanduser().resolve()),
-    }
-    if recipe.checkpoint.extend_from != "nothing":
-        fields["checkpoint.extend_from"] = str(Path(recipe.checkpoint.extend_from).expanduser().resolve())
+    resolved = identity.absolute_addresses(recipe)
+    fields: dict[str, Any] = {}
+    if resolved.tracking.uri == "auto":
+        fields["tracking.uri"] = f"sqlite:///{Path('mlflow.db').resolve()}"
     published = published_top1(recipe)
     if published is not None:
         fields["evaluate.published_top1"] = published
-    return config.replace(recipe, **fields)
+    return config.replace(resolved, **fields)
 
 
-def _check_writable(folder: Path) -> None:
+def _what(run_key: str) -> str:
+    return f"the run with key {run_key[:12]}"
+
+
+def _check_writable(url: str) -> None:
     try:
-        check_writable(folder)
+        check_writable(url)
     except OutputError as error:
         raise OutputError(f"`output.dir` must be a folder that can be written: {error}") from None
 
 
-def _scan(recipe: Recipe, display: Display) -> tuple[Index, Index]:
-    found = []
-    for split, root in (("train", recipe.data.train), ("val", recipe.data.val)):
-        found.append(index.scan(Path(root), split, functools.partial(display.progress, f"index {split}")))
-    train, val = found
+def _check_submission(submission: str, key: str) -> int:
+    """The least number that this attempt may have: that of the submission it is. Raises ConfigError where the run is
+    another than the one that was submitted."""
+    parsed = config.parse_attempt_name(submission)
+    if parsed is None:
+        return 1
+    if parsed[0] != key[:12]:
+        raise ConfigError(
+            f"the submitted run must be the one with key {parsed[0]}, but is {key[:12]} here: its images' index or its"
+            " weights have changed since it was submitted, or the submitter has another version of swa_dist. Submit it"
+            " again, with the version that the cluster has."
+        )
+    return parsed[1]
+
+
+def _check_images(recipe: Recipe, train: Index, val: Index) -> None:
     if recipe.data.kind == "imagenet":
         _check_imagenet(train, val)
-    index.check_pair(train, val, recipe.model.num_classes)
     _check_cycles(recipe, train)
     check_groups(len(train) % recipe.data.global_batch, recipe.data.group_images)
     check_groups(most_images(recipe.recalibrate, len(train)), recipe.data.group_images)
-    return train, val
 
 
 def _check_imagenet(train: Index, val: Index) -> None:
@@ -233,13 +252,14 @@ def _check_cycles(recipe: Recipe, train: Index) -> None:
 
 def _check_extension(recipe: Recipe, weights_sha256: str, data_digest: str) -> None:
     """Raise ConfigError unless `extend_from` is a finished run of this recipe with fewer epochs."""
-    folder = Path(recipe.checkpoint.extend_from)
-    summary = read_json(folder / SUMMARY)
+    folder = open_folder(recipe.checkpoint.extend_from)
+    summary = folder.read_json(SUMMARY)
     if summary is None:
         raise ConfigError(
-            f"`checkpoint.extend_from` must be the folder of a finished run, but {folder} has no summary."
+            f"`checkpoint.extend_from` must be the folder of a finished run, but {folder.url} has no summary."
         )
-    theirs = config.load(folder / "recipe.yaml")
+    folder.pull(RECIPE)
+    theirs = config.load(folder.local / RECIPE)
     after = tuple(n for n in recipe.average.also_after_epochs if n < theirs.optim.epochs)
     shorter = {"optim.epochs": theirs.optim.epochs, "average.also_after_epochs": after}
     if theirs.optim.epochs < recipe.optim.epochs:
@@ -250,23 +270,27 @@ def _check_extension(recipe: Recipe, weights_sha256: str, data_digest: str) -> N
     differing = [name for name in mine if config.in_key(name) and name not in shorter and mine[name] != other.get(name)]
     what = f"`{differing[0]}` differs" if differing else "its length, weights or data are others"
     raise ConfigError(
-        f"`checkpoint.extend_from` must be a shorter run of the same recipe, weights and data, but for {folder} {what}."
+        f"`checkpoint.extend_from` must be a shorter run of the same recipe, weights and data, but for {folder.url}"
+        f" {what}."
     )
 
 
-def _kept_weights(folder: Path, weights: LocalWeights) -> Path:
+def _keep_weights(folder: Folder, weights: LocalWeights, name: str) -> None:
     """The starting weights in the run's folder, which all workers see; where they came from may be on this machine."""
-    kept = folder / f"start{weights.path.suffix}"
+    folder.pull(name)
+    kept = folder.local / name
     if not kept.is_file() or sha256_file(kept) != weights.sha256:
         staged = kept.with_name(f".staging-{kept.name}")
         shutil.copyfile(weights.path, staged)
         staged.replace(kept)
-    return kept
+        folder.push(name)
 
 
-def _open_spool(job: Job, recipe: Recipe, train: Index, val: Index, num_workers: int, display: Display) -> None:
+def _open_spool(
+    job: Job, folder: Folder, recipe: Recipe, train: Index, val: Index, num_workers: int, display: Display
+) -> None:
     """Begin the run's record, and its MLflow run if MLflow answers."""
-    spool = Spool(job.folder)
+    spool = registry.spool_of(folder)
     spool.open(
         Target(
             uri=recipe.tracking.uri,
@@ -280,6 +304,7 @@ def _open_spool(job: Job, recipe: Recipe, train: Index, val: Index, num_workers:
     in_key = {n: v for n, v in config.flatten(config.to_tree(recipe)).items() if config.in_key(n)}
     tags = {
         "swa.attempt": job.attempt,
+        "swa.submission": job.submission,
         "swa.fingerprint": job.fingerprint,
         "swa.recipe": recipe.name,
         "swa.num_workers": num_workers,
@@ -296,13 +321,13 @@ def _open_spool(job: Job, recipe: Recipe, train: Index, val: Index, num_workers:
         {"kind": "start", "params": in_key, "datasets": datasets},
         {"kind": "tags", "tags": tags},
         {"kind": "status", "status": "RUNNING"},
-        {"kind": "artifact", "name": "recipe.yaml"},
+        {"kind": "artifact", "name": RECIPE},
     )
     tracking.configure_client()
     try:
-        tracking.send(spool, {"model": registry.register})
+        registry.send(folder)
     except ServiceError as error:
-        display.say(f"warning: {error} The run goes on; what it has to say waits in {spool.events}.")
+        display.say(f"warning: {error} The run goes on; what it has to say waits in {job.run_dir}.")
 
 
 def _decoding_threads(recipe: Recipe) -> int:
@@ -314,13 +339,25 @@ def _decoding_threads(recipe: Recipe) -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _free(path: Path) -> Path:
-    """`path`, or with a number where that is taken."""
-    number = 0
-    while path.exists():
-        number += 1
-        path = path.with_name(f"{path.name}-{number}")
-    return path
+class _Requested:
+    """Whether a stop request lies in the run's folder; looks every so many seconds, since a look may cost a request."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._next = 0.0
+        self._found = False
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if not self._found and now >= self._next:
+            self._next = now + _LOOK_EVERY_SECONDS
+            with contextlib.suppress(ServiceError):  # storage that is away for a moment is no reason to stop
+                self._found = self._folder.has(STOP_REQUEST)
+        return self._found
+
+
+def _never() -> bool:
+    return False
 
 
 class _Nobody:

@@ -16,7 +16,7 @@ from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.order import check_groups
 from swa_dist.errors import ConfigError, DataError, OutputError
 from swa_dist.service.progress import Display
-from swa_dist.storage import check_writable, write_atomic
+from swa_dist.storage.files import check_writable, write_atomic
 from swa_dist.training.evaluate import evaluate
 from swa_dist.training.recalibrate import most_images, recalibrate_as
 from swa_dist.training.world import SoloWorld

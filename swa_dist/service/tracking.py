@@ -22,7 +22,7 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 
 from swa_dist.errors import ServiceError, SwaDistError
 from swa_dist.service.progress import Display
-from swa_dist.storage import read_json, write_atomic, writing
+from swa_dist.storage.files import read_json, write_atomic, writing
 from swa_dist.training.state import Row
 
 Event = dict[str, Any]
@@ -54,17 +54,23 @@ class Target:
     """The attempt that began this state: a run that was started over is another MLflow run."""
 
 
-class Spool:
-    """A file of events, one JSON object a line, only ever appended to, and beside it the number sent."""
+SPOOL_FILES = ("spool.jsonl", "spool.sent.json", "spool.target.json")
 
-    def __init__(self, folder: Path) -> None:
+
+class Spool:
+    """A file of events, one JSON object a line, only ever appended to, and beside it the number sent.
+
+    `mirror` is called with the names of files that have changed: of a run on S3, it puts them there.
+    """
+
+    def __init__(self, folder: Path, mirror: Callable[[str], None] = lambda name: None) -> None:
         self.folder = folder
-        self.events = folder / "spool.jsonl"
-        self._sent = folder / "spool.sent.json"
-        self._target = folder / "spool.target.json"
+        self._mirror = mirror
+        self.events, self._sent, self._target = (folder / name for name in SPOOL_FILES)
 
     def open(self, target: Target) -> None:
         write_atomic(self._target, json.dumps(asdict(target), indent=1))
+        self._mirror(self._target.name)
 
     @property
     def target(self) -> Target:
@@ -79,6 +85,7 @@ class Spool:
             file.writelines((json.dumps(event) + "\n").encode() for event in events)
             file.flush()
             os.fsync(file.fileno())
+        self._mirror(self.events.name)
 
     def read(self) -> list[Event]:
         if not self.events.is_file():
@@ -92,6 +99,7 @@ class Spool:
 
     def mark_sent(self, num_sent: int) -> None:
         write_atomic(self._sent, json.dumps({"num_sent": num_sent}))
+        self._mirror(self._sent.name)
 
     def waiting(self) -> list[Event]:
         return self.read()[self.num_sent :]
@@ -128,7 +136,10 @@ class SpoolTracker:
     def publish(self, rows: Sequence[Row]) -> None:
         new = rows[self._rows_spooled :]
         if new:
-            self._spool.append(*({"kind": "row", **row} for row in new))
+            try:
+                self._spool.append(*({"kind": "row", **row} for row in new))
+            except ServiceError as error:
+                self.warn(f"{error} The metrics are kept on this machine and in the checkpoint; the run goes on.")
             self._rows_spooled = len(rows)
             self._wake.set()
 
@@ -197,9 +208,13 @@ def send(spool: Spool, handlers: dict[str, Handler]) -> str:
     except SwaDistError:
         raise
     except Exception as error:  # a database, a driver, a bucket: whatever MLflow is made of
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise ServiceError(f"MLflow at {target.uri} must answer, but does not: {reason}.") from error
+        raise unanswered(target.uri, error) from error
     return run_id
+
+
+def unanswered(uri: str, error: Exception) -> ServiceError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return ServiceError(f"MLflow at {uri} must answer, but does not: {reason}.")
 
 
 def find_or_create_run(client: mlflow.MlflowClient, target: Target) -> str:

@@ -16,7 +16,8 @@ import torchvision.models
 
 from swa_dist.config import Model, Recipe
 from swa_dist.errors import CheckpointError, ConfigError, ServiceError
-from swa_dist.storage import sha256_file, write_atomic, writing
+from swa_dist.service import registry
+from swa_dist.storage.files import sha256_file, write_atomic, writing
 
 _NAME = re.compile(r"[A-Z0-9_]+")
 _TIMEOUT_SECONDS = 60
@@ -29,21 +30,38 @@ class LocalWeights:
     sha256: str
 
 
-def fetch(model: Model) -> LocalWeights:
-    """The file of `model.weights`, downloaded at first use and from the cache after that.
+def digest_of(recipe: Recipe) -> str:
+    """SHA-256 of the starting weights: as the registry states it, or else of the fetched file."""
+    if is_registered(recipe.model.weights):
+        stated = registry.stated_sha256(recipe.tracking.uri, recipe.model.weights)
+        if stated is not None:
+            return stated
+    return fetch(recipe.model, recipe.tracking.uri).sha256
+
+
+def fetch(model: Model, registry_uri: str) -> LocalWeights:
+    """The file of `model.weights`, downloaded at first use and from the cache after that. `registry_uri`: MLflow's, for
+    weights in its registry.
 
     Raises CheckpointError where its SHA-256 is not the one expected, ConfigError for an address that names nothing, and
     ServiceError where a download fails.
     """
+    expected = {"`model.weights_sha256`": model.weights_sha256} if model.weights_sha256 != "auto" else {}
+    if is_registered(model.weights):
+        path = registry.download(registry_uri, model.weights, _cache())
+        stated = registry.stated_sha256(registry_uri, model.weights)
+        expected |= {"the one in the version's tag": stated} if stated is not None else {}
     url = _url(model)
-    path = _download(url) if url else Path(model.weights).expanduser().resolve()
+    if url:
+        path = _download(url)
+    elif not is_registered(model.weights):
+        path = Path(model.weights).expanduser().resolve()
     if not path.is_file():
         raise ConfigError(
-            f"`model.weights` must be a torchvision weights name, a file or an https:// address, but"
+            f"`model.weights` must be a torchvision weights name, a file, an https:// address or a models:/ one, but"
             f" {model.weights!r} is none: there is no file {path}."
         )
     digest = sha256_file(path)
-    expected = {"`model.weights_sha256`": model.weights_sha256} if model.weights_sha256 != "auto" else {}
     if url:
         expected |= _known(path)
     for what, value in expected.items():
@@ -54,6 +72,11 @@ def fetch(model: Model) -> LocalWeights:
     if url:
         write_atomic(_record(path), f"{digest}\n")
     return LocalWeights(path, digest)
+
+
+def is_registered(weights: str) -> bool:
+    """Whether the weights are those of a version in the model registry, models:/NAME@champion or models:/NAME/3."""
+    return weights.startswith("models:/")
 
 
 def published_top1(recipe: Recipe) -> float | None:
@@ -98,7 +121,7 @@ def _download(url: str) -> Path:
     name = Path(urlparse(url).path).name
     if not name:
         raise ConfigError(f"`model.weights` must be the address of a file, but is {url}.")
-    cache: Path = platformdirs.user_cache_path("swa_dist") / "weights"
+    cache = _cache()
     # Other people's files of the same name are other files; torchvision's names hold their hash.
     path = cache / (name if _HASH_IN_NAME.search(name) else f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}")
     if path.is_file():
@@ -123,6 +146,10 @@ def _download(url: str) -> Path:
     finally:
         staged.unlink(missing_ok=True)
     return path
+
+
+def _cache() -> Path:
+    return platformdirs.user_cache_path("swa_dist") / "weights"
 
 
 def _record(path: Path) -> Path:

@@ -1,13 +1,13 @@
 """Where a run goes on from, and what it leaves to go on from."""
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from swa_dist import models
 from swa_dist.errors import CheckpointError, ConfigError
-from swa_dist.storage import Store
+from swa_dist.storage.folder import open_folder
+from swa_dist.storage.store import newest
 from swa_dist.training import loop
 from swa_dist.training.averages import Averages, Parts
 from swa_dist.training.ports import Ports
@@ -75,15 +75,15 @@ def _newest_on_rank_zero(ports: Ports) -> tuple[Parts, dict[str, Any]] | None:
 def _newest(ports: Ports) -> tuple[Parts, dict[str, Any]] | None:
     ports.store.sweep(CHECKPOINTS)
     ports.store.sweep(CANDIDATES)
-    name = ports.store.newest(CHECKPOINTS, ports.tracker.warn)
+    name = newest(ports.store, CHECKPOINTS, ports.tracker.warn)
     if name is not None:
         return load_entry(ports.store, name)
     if ports.recipe.checkpoint.extend_from == "nothing":
         return None
-    shorter = Store(Path(ports.recipe.checkpoint.extend_from))
-    names = shorter.names(CHECKPOINTS)
+    shorter = open_folder(ports.recipe.checkpoint.extend_from)
+    names = shorter.store.names(CHECKPOINTS)
     if not names:
         raise CheckpointError(
-            f"`checkpoint.extend_from` must be the folder of a finished run, but {shorter.root} has no checkpoints."
+            f"`checkpoint.extend_from` must be the folder of a finished run, but {shorter.url} has no checkpoints."
         )
-    return load_entry(shorter, names[-1])
+    return load_entry(shorter.store, names[-1])

@@ -13,7 +13,7 @@ from swa_dist.config import Recipe
 from swa_dist.data.order import Loaders
 from swa_dist.errors import CheckpointError, NumericsError
 from swa_dist.method.averaging import parameters_of
-from swa_dist.storage import Store
+from swa_dist.storage.store import Store
 from swa_dist.training import checkpoints, preflight, replicas, train
 from swa_dist.training.checkpoints import CANDIDATES
 from swa_dist.training.evaluate import Outcomes, evaluate

@@ -9,7 +9,7 @@ import torch
 from swa_dist.config import Recipe
 from swa_dist.data.order import Loaders
 from swa_dist.errors import Stopped
-from swa_dist.storage import Store
+from swa_dist.storage.store import Store
 from swa_dist.training.state import Row
 from swa_dist.training.world import World
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swa_dist.errors import CheckpointError
-from swa_dist.storage import Store
+from swa_dist.storage.store import Store
 from swa_dist.training.averages import Averages, Parts
 
 SCHEMA = 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swa_dist import config
-from swa_dist.storage import Store
+from swa_dist.storage.store import DiskStore
 from swa_dist.training.finetune import finetune
 from swa_dist.training.state import load_entry
 from swa_dist.training.world import World
@@ -29,7 +29,7 @@ ALL = {
 
 def run(world: World, digits: str, weights: str, root: str, fields: dict[str, Any]) -> dict[str, Any]:
     recipe = config.replace(recipe_of(digits, weights), **fields)
-    found = finetune(recipe, world, loaders(recipe, world), Store(Path(root)), support.Recorder(), lambda: False)
+    found = finetune(recipe, world, loaders(recipe, world), DiskStore(Path(root)), support.Recorder(), lambda: False)
     return {name: candidate.facts for name, candidate in found.items()}
 
 
@@ -40,7 +40,7 @@ def everything(digits: Path, start_weights: Path, tmp_path_factory: pytest.TempP
 
 
 def iterates_of(root: Path) -> dict[int, dict[str, torch.Tensor]]:
-    store = Store(root)
+    store = DiskStore(root)
     parts, _ = load_entry(store, store.names("checkpoints")[-1])
     return {int(name.removeprefix("iterate.")): t for name, t in parts.items() if name.startswith("iterate.")}
 
@@ -109,11 +109,11 @@ def test_weights_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpo
     recipe = config.replace(recipe, **{"optim.weight_decay": 1.0, "optim.epochs": 4})
     with pytest.raises(support.WorkerError, match="NumericsError"):
         support.run_workers(diverge, 1, config.to_tree(recipe), str(tmp_path))
-    for name in Store(tmp_path).names("checkpoints"):
-        parts, _ = load_entry(Store(tmp_path), name)
+    for name in DiskStore(tmp_path).names("checkpoints"):
+        parts, _ = load_entry(DiskStore(tmp_path), name)
         assert all(torch.isfinite(tensor).all() for tensor in parts["swa.sum"].values())
 
 
 def diverge(world: World, tree: dict[str, Any], root: str) -> None:
     recipe = config.from_tree(tree)
-    finetune(recipe, world, loaders(recipe, world), Store(Path(root)), support.Recorder(), lambda: False)
+    finetune(recipe, world, loaders(recipe, world), DiskStore(Path(root)), support.Recorder(), lambda: False)

@@ -11,7 +11,7 @@ from torch import nn
 from swa_dist import config
 from swa_dist.errors import ConfigError
 from swa_dist.method.averaging import WeightAverage, buffers_of, parameters_of
-from swa_dist.storage import Store
+from swa_dist.storage.store import DiskStore
 from swa_dist.training import replicas
 from swa_dist.training.checkpoints import CHECKPOINTS
 from swa_dist.training.finetune import finetune
@@ -128,7 +128,7 @@ def run_local(world: World, digits: str, weights: str, root: str, stop_after: in
 
     recipe = local_recipe(digits, weights, **fields)
     tracker = support.Recorder()
-    store = Store(Path(root))
+    store = DiskStore(Path(root))
 
     def should_stop() -> bool:
         return len(store.names(CHECKPOINTS)) >= stop_after

@@ -18,7 +18,7 @@ from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.order import Batch
-from swa_dist.storage import Store
+from swa_dist.storage.store import DiskStore
 from swa_dist.training.checkpoints import CHECKPOINTS
 from swa_dist.training.finetune import finetune
 from swa_dist.training.state import Row
@@ -88,7 +88,7 @@ class Result:
 def run(world: World, digits: str, weights: str, root: str, kill_at: int | None = None) -> Result:
     recipe = recipe_of(digits, weights)
     tracker = Killer(kill_at)
-    found = finetune(recipe, world, loaders(recipe, world), Store(Path(root)), tracker, lambda: False)
+    found = finetune(recipe, world, loaders(recipe, world), DiskStore(Path(root)), tracker, lambda: False)
     correct = {name: int(candidate.outcomes.top1.sum()) for name, candidate in found.items()}
     facts = {name: candidate.facts for name, candidate in found.items()}
     return Result(groups=list(SEEN), correct=correct, facts=facts, rows=tracker.rows)
@@ -105,7 +105,7 @@ def runs(digits: Path, start_weights: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def weights_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(Store(folder).open(f"candidates/{name}") / "model.safetensors")
+    return safetensors.torch.load_file(DiskStore(folder).open(f"candidates/{name}") / "model.safetensors")
 
 
 def is_statistic(name: str) -> bool:
@@ -161,7 +161,7 @@ def evaluate_only(world: World, digits: str, weights: str, trained: str) -> int:
 def test_one_and_the_same_weights_have_the_same_number_of_correct_images(
     runs: Any, digits: Path, start_weights: Path
 ) -> None:
-    trained = Store(runs[1][0]).open("candidates/swa") / "model.safetensors"
+    trained = DiskStore(runs[1][0]).open("candidates/swa") / "model.safetensors"
     found = [support.run_workers(evaluate_only, n, str(digits), str(start_weights), str(trained)) for n in SIZES]
     assert {count for counts in found for count in counts} == {runs[1][1][0].correct["swa"]}
 
@@ -178,7 +178,7 @@ def test_a_killed_run_resumes_at_its_last_committed_epoch(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     workers.kill()
-    assert Store(tmp_path).names(CHECKPOINTS) == [f"{CHECKPOINTS}/{400:012d}"]
+    assert DiskStore(tmp_path).names(CHECKPOINTS) == [f"{CHECKPOINTS}/{400:012d}"]
     results = support.run_workers(run, second, str(digits), str(start_weights), str(tmp_path))
     assert {epoch for result in results for epoch, _, _ in result.groups} == {1}
     assert results[0].facts["swa"]["average"] == {"iterates": [400, 800], "regime": "replicated", "spread": 0.0}
@@ -194,7 +194,7 @@ def test_a_killed_run_resumes_at_its_last_committed_epoch(
 def test_replicas_that_differ_never_enter_the_average(digits: Path, start_weights: Path, tmp_path: Path) -> None:
     with pytest.raises(support.WorkerError, match=r"the weights at image 400 must be the same on all workers"):
         support.run_workers(run_with_a_flipped_bit, 2, str(digits), str(start_weights), str(tmp_path))
-    assert Store(tmp_path).names(CHECKPOINTS) == []
+    assert DiskStore(tmp_path).names(CHECKPOINTS) == []
 
 
 def run_with_a_flipped_bit(world: World, digits: str, weights: str, root: str) -> None:
@@ -221,4 +221,4 @@ def run_with_a_flipped_bit(world: World, digits: str, weights: str, root: str) -
 
     plain = loaders(recipe, world)
     faulty = Faulty(**{name: getattr(plain, name) for name in plain.__dataclass_fields__})
-    finetune(recipe, world, faulty, Store(Path(root)), support.Recorder(), lambda: False)
+    finetune(recipe, world, faulty, DiskStore(Path(root)), support.Recorder(), lambda: False)

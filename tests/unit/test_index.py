@@ -117,8 +117,8 @@ def test_a_name_may_be_anything_and_survives_saving(train, tmp_path, name):
     path = add(train / "cat" / name)
     found = index.scan(train, "train")
     assert f"cat/{name}" in found.paths
-    index.save(found, tmp_path / "index.parquet")
-    assert index.load(tmp_path / "index.parquet", train).paths == found.paths
+    index.save(found, str(tmp_path / "index.parquet"))
+    assert index.load(str(tmp_path / "index.parquet"), train).paths == found.paths
     place = found.paths.index(f"cat/{name}")
     assert bytes(found.path_bytes(np.array([place]))[0]) == os.fsencode(path)
 
@@ -132,8 +132,8 @@ def test_a_name_that_is_not_utf8_is_indexed_and_saved_or_refused_by_name(train, 
     except DataError as error:
         message = str(error)
     else:
-        index.save(found, tmp_path / "index.parquet")
-        message = str(index.load(tmp_path / "index.parquet", train).paths)
+        index.save(found, str(tmp_path / "index.parquet"))
+        message = str(index.load(str(tmp_path / "index.parquet"), train).paths)
     assert "caf" in message
 
 
@@ -337,8 +337,8 @@ def test_a_saved_index_is_loaded_as_it_was(train, tmp_path):
     add(train / "dog" / "c.jpg", width=70, height=50)
     found = index.scan(train, "train")
     path = tmp_path / "deep" / "index.parquet"
-    index.save(found, path)
-    loaded = index.load(path, tmp_path / "elsewhere")
+    index.save(found, str(path))
+    loaded = index.load(str(path), tmp_path / "elsewhere")
     assert loaded.root == tmp_path / "elsewhere"
     assert (loaded.classes, loaded.paths, loaded.digest) == (found.classes, found.paths, found.digest)
     for field in ("labels", "heights", "widths"):
@@ -358,15 +358,15 @@ def flip_footer(content):
 @pytest.mark.parametrize("damage", [cut, flip_footer, lambda content: b"", lambda content: b"no parquet" * 100])
 def test_a_damaged_index_file_is_a_data_error_that_names_it(train, tmp_path, damage):
     path = tmp_path / "index.parquet"
-    index.save(index.scan(train, "train"), path)
+    index.save(index.scan(train, "train"), str(path))
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"index\.parquet"):
-        index.load(path, train)
+        index.load(str(path), train)
 
 
 def test_a_missing_index_file_is_a_data_error_that_names_it(train, tmp_path):
     with pytest.raises(DataError, match=r"absent\.parquet"):
-        index.load(tmp_path / "absent.parquet", train)
+        index.load(str(tmp_path / "absent.parquet"), train)
 
 
 @pytest.mark.parametrize("metadata", [None, {"swa_dist": "{}"}, {"swa_dist": "[1]"}, {"swa_dist": "{"}])
@@ -374,7 +374,7 @@ def test_a_parquet_file_that_is_no_index_is_a_data_error_that_names_it(train, tm
     path = tmp_path / "foreign.parquet"
     pq.write_table(pa.table({"x": [1]}).replace_schema_metadata(metadata), path)
     with pytest.raises(DataError, match=r"foreign\.parquet"):
-        index.load(path, train)
+        index.load(str(path), train)
 
 
 def test_a_photograph_with_a_film_behind_it_is_whole(train):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from swa_dist.errors import BusyError, CheckpointError, ExitCode, OutputError
-from swa_dist.storage import Store, new_folder, only_one, read_json, sha256_file, write_atomic, writing
+from swa_dist.errors import CheckpointError, ExitCode, OutputError
+from swa_dist.storage.files import new_folder, read_json, sha256_file, write_atomic, writing
+from swa_dist.storage.store import DiskStore, newest
 
 KIND = "checkpoints"
 
@@ -30,7 +31,7 @@ def filling(content):
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "run")
+    return DiskStore(tmp_path / "run")
 
 
 @pytest.fixture
@@ -205,16 +206,16 @@ def test_no_flipped_bit_of_a_manifest_is_worse_than_a_damaged_entry(store):
 
 def test_the_newest_whole_entry_is_found_and_nothing_is_said(three):
     said = []
-    assert three.newest(KIND, said.append) == f"{KIND}/c"
+    assert newest(three, KIND, said.append) == f"{KIND}/c"
     assert said == []
-    assert three.newest("absent", said.append) is None
+    assert newest(three, "absent", said.append) is None
 
 
 def test_a_damaged_newest_entry_is_named_set_aside_and_the_one_before_it_returned(three):
     damaged = three.root / KIND / "c" / "model.bin"
     flip(damaged)
     content, said = damaged.read_bytes(), []
-    assert three.newest(KIND, said.append) == f"{KIND}/b"
+    assert newest(three, KIND, said.append) == f"{KIND}/b"
     assert len(said) == 1
     assert str(damaged) in said[0]
     assert three.names(KIND) == [f"{KIND}/a", f"{KIND}/b"]
@@ -226,19 +227,19 @@ def test_a_damaged_newest_entry_is_named_set_aside_and_the_one_before_it_returne
 def test_what_was_set_aside_is_not_looked_at_again_and_its_name_is_free(three):
     for _ in range(2):
         flip(three.root / KIND / "c" / "model.bin")
-        three.newest(KIND, lambda message: None)
+        newest(three, KIND, lambda message: None)
         said = []
-        assert three.newest(KIND, said.append) == f"{KIND}/b"
+        assert newest(three, KIND, said.append) == f"{KIND}/b"
         assert said == []
         three.commit(f"{KIND}/c", filling(b"again"))
-    assert three.newest(KIND, said.append) == f"{KIND}/c"
+    assert newest(three, KIND, said.append) == f"{KIND}/c"
 
 
 def test_where_every_entry_is_damaged_there_is_none_and_each_is_named(three):
     for name in ("a", "b", "c"):
         truncate(three.root / KIND / name / "facts.json")
     said = []
-    assert three.newest(KIND, said.append) is None
+    assert newest(three, KIND, said.append) is None
     assert len(said) == 3
 
 
@@ -246,7 +247,7 @@ def test_sweep_removes_what_is_half_written_and_nothing_else(three):
     (three.root / KIND / ".staging-d-123").mkdir()
     (three.root / KIND / ".staging-d-123" / "model.bin").write_bytes(b"half")
     flip(three.root / KIND / "c" / "model.bin")
-    three.newest(KIND, lambda message: None)
+    newest(three, KIND, lambda message: None)
     before = everything_under(three.root)
     three.sweep(KIND)
     gone = before - everything_under(three.root)
@@ -259,7 +260,7 @@ def test_sweep_removes_what_is_half_written_and_nothing_else(three):
 LIFE = """
 import os, sys
 from pathlib import Path
-from swa_dist.storage import Store
+from swa_dist.storage.store import DiskStore
 
 def fill(folder, number):
     for file in ("model.bin", "momentum.bin"):
@@ -293,7 +294,7 @@ for lives in range(1000):
 
         journal = os.open(root / str(lives) / "journal", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         sys.addaudithook(count)
-        life(Store(root / str(lives)), journal, 0, 4)
+        life(DiskStore(root / str(lives)), journal, 0, 4)
         os._exit(0)
     if os.WIFEXITED(os.waitpid(child, 0)[1]):
         break
@@ -306,23 +307,23 @@ KILLED_SOMETIME = (
 root = Path(sys.argv[1])
 journal = os.open(root / "journal", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 print("begun", flush=True)
-life(Store(root), journal, int(sys.argv[2]), 10**6)
+life(DiskStore(root), journal, int(sys.argv[2]), 10**6)
 """
 )
 
 
 def check_what_a_kill_left(root):
     """The newest entry opens, is whole and is at least the last that was said to be committed."""
-    store, said = Store(root), []
+    store, said = DiskStore(root), []
     committed = [int(line) for line in (root / "journal").read_text().split()]
-    newest = store.newest(KIND, said.append)
-    if newest is None:
+    last = newest(store, KIND, said.append)
+    if last is None:
         assert not committed
     else:
-        number = int(newest.removeprefix(f"{KIND}/"))
+        number = int(last.removeprefix(f"{KIND}/"))
         assert number >= max(committed, default=0)
         for file in ("model.bin", "momentum.bin"):
-            assert (store.open(newest) / file).read_bytes() == b"%06d" % number * 2000
+            assert (store.open(last) / file).read_bytes() == b"%06d" % number * 2000
     store.sweep(KIND)
     folder = root / KIND
     assert not folder.is_dir() or not [path for path in folder.iterdir() if path.name.startswith(".staging-")]
@@ -341,7 +342,7 @@ def test_a_kill_before_any_touch_of_the_disk_leaves_a_store_that_opens(tmp_path)
 def test_a_loop_of_commits_killed_at_random_moments_always_goes_on(tmp_path):
     moments = random.Random(0)
     for _ in range(10):
-        first = int((Store(tmp_path).names(KIND) or [f"{KIND}/-1"])[-1].removeprefix(f"{KIND}/")) + 1
+        first = int((DiskStore(tmp_path).names(KIND) or [f"{KIND}/-1"])[-1].removeprefix(f"{KIND}/")) + 1
         arguments = [sys.executable, "-c", KILLED_SOMETIME, str(tmp_path), str(first)]
         with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "begun\n"
@@ -354,7 +355,9 @@ def test_a_loop_of_commits_killed_at_random_moments_always_goes_on(tmp_path):
 
 
 def test_a_kill_while_an_entry_is_replaced_leaves_the_others_and_never_a_mix(tmp_path):
-    script = KILLED_ANYWHERE.replace("life(Store(root / str(lives)), journal, 0, 4)", "again(Store(root / str(lives)))")
+    script = KILLED_ANYWHERE.replace(
+        "life(DiskStore(root / str(lives)), journal, 0, 4)", "again(DiskStore(root / str(lives)))"
+    )
     again = """
 def again(store):
     store.commit("checkpoints/000002", lambda folder: fill(folder, 9))
@@ -365,16 +368,16 @@ def before(store):
 """
     script = script.replace("import signal\n", "import signal\n" + again, 1)
     script = script.replace(
-        "    if (child := os.fork())", "    before(Store(root / str(lives)))\n    if (child := os.fork())"
+        "    if (child := os.fork())", "    before(DiskStore(root / str(lives)))\n    if (child := os.fork())"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     assert len(list(tmp_path.iterdir())) > 10
     for root in tmp_path.iterdir():
-        store = Store(root)
-        newest = store.newest(KIND, lambda message: None)
-        content = {file: (store.open(newest) / file).read_bytes() for file in ("model.bin", "momentum.bin")}
+        store = DiskStore(root)
+        last = newest(store, KIND, lambda message: None)
+        content = {file: (store.open(last) / file).read_bytes() for file in ("model.bin", "momentum.bin")}
         assert content["model.bin"] == content["momentum.bin"]
-        assert content["model.bin"] in [b"%06d" % n * 2000 for n in ((2, 9) if newest.endswith("2") else (1,))]
+        assert content["model.bin"] in [b"%06d" % n * 2000 for n in ((2, 9) if last.endswith("2") else (1,))]
         assert store.open(f"{KIND}/000001").is_dir()
 
 
@@ -413,7 +416,7 @@ def test_a_file_is_as_readable_as_one_written_plainly(tmp_path):
 def test_a_reader_meets_the_old_or_the_new_file_and_nothing_between(tmp_path):
     path = tmp_path / "file"
     script = (
-        "import sys; from pathlib import Path; from swa_dist.storage import write_atomic\n"
+        "import sys; from pathlib import Path; from swa_dist.storage.files import write_atomic\n"
         "for i in range(10**6): write_atomic(Path(sys.argv[1]), bytes([48 + i % 10]) * 200_000)"
     )
     write_atomic(path, b"0" * 200_000)
@@ -478,7 +481,7 @@ def test_a_folder_that_cannot_be_written_is_an_output_error_that_names_it(unwrit
             pass
 
     for write in (
-        lambda: Store(unwritable).commit(f"{KIND}/a", filling(b"x")),
+        lambda: DiskStore(unwritable).commit(f"{KIND}/a", filling(b"x")),
         lambda: write_atomic(unwritable / "summary.json", "x"),
         lambda: make(unwritable / "data"),
     ):
@@ -488,7 +491,7 @@ def test_a_folder_that_cannot_be_written_is_an_output_error_that_names_it(unwrit
 
 
 def test_a_full_disk_is_an_output_error_and_the_entries_before_it_stay(full_disk):
-    store = Store(full_disk / "run")
+    store = DiskStore(full_disk / "run")
     store.commit(f"{KIND}/a", filling(b"x"))
     for size in (2_000_000, 900_000):  # in one file, and in two that are each small enough
         with pytest.raises(OutputError, match="full") as caught:
@@ -497,7 +500,7 @@ def test_a_full_disk_is_an_output_error_and_the_entries_before_it_stay(full_disk
             )
         assert f"{full_disk}/run/{KIND}/b" in str(caught.value)
     said = []
-    assert store.newest(KIND, said.append) == f"{KIND}/a"
+    assert newest(store, KIND, said.append) == f"{KIND}/a"
     assert said == []
     assert {path.name for path in (store.root / KIND).iterdir()} == {"a"}
     store.commit(f"{KIND}/b", filling(b"y"))  # the failed ones hold no space
@@ -518,45 +521,16 @@ def test_an_output_error_of_dev_full_says_that_the_disk_is_full():
         file.write(b"x")
 
 
-# One process at a time
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from swa_dist.storage import only_one
-with only_one(Path(sys.argv[1]), "the run"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_second_process_is_told_who_holds_the_lock_and_a_killed_one_lets_it_go(tmp_path):
-    lock = tmp_path / ".lock"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(BusyError, match=f"the run must not be running already, but is: process {holder.pid} on"):
-            enter(lock)
-    finally:
-        holder.kill()
-        holder.communicate()
-    enter(lock)
-    assert BusyError.exit_code == 75
-
-
-def enter(lock):
-    with only_one(lock, "the run"):
-        pass
+# Weights
 
 
 LIMITED = """
 import resource, signal, sys, torch
 from pathlib import Path
 from swa_dist.errors import OutputError
-from swa_dist.storage import Store
+from swa_dist.storage.store import DiskStore
 from swa_dist.training.state import load_entry, save_entry
-store = Store(Path(sys.argv[1]))
+store = DiskStore(Path(sys.argv[1]))
 save_entry(store, "checkpoints/1", {"model": {"w": torch.ones(10)}}, {})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

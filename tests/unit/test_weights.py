@@ -17,15 +17,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from swa_dist.config import Model
 from swa_dist.errors import CheckpointError, ConfigError, OutputError, ServiceError
-from swa_dist.service.weights import fetch
+from swa_dist.service import weights
 
 CONTENT = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 NAMED_BY_HASH = f"resnet18-{SHA256[:8]}.pth"
 
 
-def model_of(weights, **fields):
-    return Model(arch="resnet18", weights=str(weights), **fields)
+def model_of(address, **fields):
+    return Model(arch="resnet18", weights=str(address), **fields)
+
+
+def fetch(model):
+    return weights.fetch(model, registry_uri="sqlite:///there/is/none.db")
 
 
 @pytest.fixture(autouse=True)
