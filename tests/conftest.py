@@ -56,5 +56,5 @@ def start_weights(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first."""
-    order = ["laws", "golden", "unit", "distributed", "service"]
+    order = ["laws", "golden", "unit", "k8s", "distributed", "service", "faults"]
     items.sort(key=lambda item: order.index(item.path.parent.name))

@@ -3,6 +3,8 @@
 import contextlib
 import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -158,16 +160,42 @@ def swa_dist(*arguments: str, cwd: Path, timeout_seconds: float = 240) -> subpro
     )
 
 
-def left_behind(variable: str, value: str) -> list[str]:
-    """The command lines of the processes that have `variable=value` in their environment, after a moment to end."""
-    time.sleep(2)
+def marked(variable: str, value: str) -> dict[int, str]:
+    """The processes that have `variable=value` in their environment: their command lines by id. Not this one."""
     mark = f"{variable}={value}".encode()
-    found = []
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if mark in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     return found
+
+
+def left_behind(variable: str, value: str) -> list[str]:
+    """The command lines of the processes that have `variable=value` in their environment, after a moment to end."""
+    time.sleep(2)
+    return list(marked(variable, value).values())
+
+
+def end_marked(variable: str, value: str) -> None:
+    """End the processes that have `variable=value` in their environment, and wait until they have ended."""
+    deadline = time.monotonic() + 30
+    while found := marked(variable, value):
+        assert time.monotonic() < deadline, found
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.2)
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        number: int = held.getsockname()[1]
+        return number
 
 
 def swa_dist_forked(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

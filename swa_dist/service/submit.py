@@ -70,7 +70,7 @@ def submit(recipe: Recipe, place: Place, display: Display, *, wait: bool) -> int
         if last is not None and last.state == "failed":
             display.say(f"{last.name} did not finish{f' ({last.reason})' if last.reason else ''}; its state is resumed")
         name = config.attempt_name(key, max(last.number if last else 0, stored_attempt or 0) + 1)
-        if place.start(name, key, _as_sent(there, who.weights_sha256)):
+        if place.start(name, key, as_sent(there, who.weights_sha256)):
             display.say(f"submitted {recipe.name} as {name}")
         else:
             display.say(f"{name} was submitted by another a moment ago; attached to it")
@@ -85,7 +85,7 @@ def submit(recipe: Recipe, place: Place, display: Display, *, wait: bool) -> int
         return ExitCode.OK
 
 
-def _as_sent(recipe: Recipe, weights_sha256: str) -> Recipe:
+def as_sent(recipe: Recipe, weights_sha256: str) -> Recipe:
     """The recipe as the cluster gets it: to run on that cluster, from exactly these weights."""
     fields = {"cluster.address": "auto", "cluster.launcher": "ray", "model.weights_sha256": weights_sha256}
     if recipe.model.weights.startswith("models:/"):
