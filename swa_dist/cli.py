@@ -358,10 +358,11 @@ def _place(
         return _ray_jobs(address, ca_file)
     from swa_dist.service import kube
 
+    job: dict[str, Any] | None = None
     if template is not None:
         job = kube.load_template(template)
-    else:
-        job = None if overlay is None else kube.template_of(kube.render(overlay))
+    elif overlay is not None:
+        job = kube.template_of(kube.render(overlay))
     return kube.Kube(namespace=namespace, context=context, template=job)
 
 

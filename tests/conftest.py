@@ -1,5 +1,7 @@
 """What all tests share: an environment that leaves the machine alone, real images, weights fitted to them."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -52,6 +54,25 @@ def start_weights(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     path = tmp_path_factory.mktemp("start") / "start.safetensors"
     support.run_workers(support.fit_start, 1, str(digits), str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real S3 server, moto's, in a process of its own."""
+    port = support.free_port()
+    arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (tmp_path_factory.mktemp("s3") / "log").open("w") as log:
+        server = subprocess.Popen(arguments, stdout=log, stderr=log)
+    support.wait_for_port(port, server)
+    yield f"http://127.0.0.1:{port}"
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a new bucket; the environment leads to it, with keys that are the test's own."""
+    return support.new_bucket(s3_server, monkeypatch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,12 +10,14 @@ import sys
 import tempfile
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -27,6 +29,7 @@ from swa_dist.training.world import SoloWorld, TorchWorld, World
 
 JOBS = Path(__file__).parent.parent / "jobs"
 TIMEOUT_SECONDS = 60
+SECRET_KEY = "secret-key-of-tests"
 
 # Workers are forked from a server that has imported torch and run nothing: they start in a moment, and none is the
 # child of a process in which a DALI pipeline ran, which would hang.
@@ -166,7 +169,12 @@ def marked(variable: str, value: str) -> dict[int, str]:
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
+            ended = (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if (
+                not ended
+                and mark in (process / "environ").read_bytes().split(b"\0")
+                and int(process.name) != os.getpid()
+            ):
                 found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     return found
 
@@ -185,9 +193,6 @@ def end_marked(variable: str, value: str) -> None:
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
         time.sleep(0.2)
 
 
@@ -196,6 +201,39 @@ def free_port() -> int:
         held.bind(("127.0.0.1", 0))
         number: int = held.getsockname()[1]
         return number
+
+
+def wait_for_port(port: int, server: "subprocess.Popen[Any]") -> None:
+    """Until the server listens on loopback."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        else:
+            return
+
+
+def new_bucket(server: str, patch: pytest.MonkeyPatch) -> str:
+    """The URL of a new bucket of an S3 server that the environment then leads to."""
+    import boto3
+
+    settings = {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in settings.items():
+        patch.setenv(name, value)
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CA_BUNDLE"):
+        patch.delenv(name, raising=False)
+    bucket = f"swa-{uuid.uuid4().hex}"
+    boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
 
 
 def swa_dist_forked(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -115,12 +115,12 @@ def _addresses(recipe: Recipe) -> dict[str, str]:
         found["data.index"] = recipe.data.index
     if recipe.checkpoint.extend_from != "nothing":
         found["checkpoint.extend_from"] = recipe.checkpoint.extend_from
-    if not _elsewhere(recipe.model.weights):
+    if not elsewhere(recipe.model.weights):
         found["model.weights"] = recipe.model.weights
     return found
 
 
-def _elsewhere(weights: str) -> bool:
+def elsewhere(weights: str) -> bool:
     """Whether the weights are a torchvision name, an address, or to be drawn at random, and no path."""
     return ":" in weights or bool(re.fullmatch(r"[A-Z0-9_]+", weights))
 

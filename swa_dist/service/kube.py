@@ -20,8 +20,7 @@ from swa_dist.service.kube_api import RayJobApi, RefusedError
 from swa_dist.service.kube_rules import Tree
 from swa_dist.service.layout import run_dir
 from swa_dist.service.progress import Display
-from swa_dist.service.submit import ENTRYPOINT, RECIPE_VARIABLE, Attempt
-from swa_dist.service.submit import as_sent
+from swa_dist.service.submit import ENTRYPOINT, RECIPE_VARIABLE, Attempt, as_sent
 
 RUN_KEY = "swa-dist/run-key"
 RUN_DIR = "swa-dist/run-dir"

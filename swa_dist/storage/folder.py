@@ -51,6 +51,15 @@ def write(url: str, content: bytes) -> None:
         files.write_atomic(Path(url), content)
 
 
+def remove(url: str) -> None:
+    """Remove the file at a path or address, if it is there."""
+    if is_s3(url):
+        parent, _, name = url.rpartition("/")
+        _prefix(parent).remove(name)
+    else:
+        Path(url).unlink(missing_ok=True)
+
+
 def check_writable(url: str) -> None:
     """Raises OutputError or ServiceError where no file can be made under the path or address."""
     if not is_s3(url):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from tests.support import command, swa_dist
+from tests.support import command, free_port, swa_dist, wait_for_port
 
 
 def settings(digits: Path, weights: Path, **fields: Any) -> list[str]:
@@ -96,10 +95,7 @@ def test_sigterm_saves_the_state_and_the_same_command_resumes(
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        number: int = held.getsockname()[1]
-        return number
+    return free_port()
 
 
 def test_mlflow_away_the_run_goes_on_and_replay_delivers(
@@ -128,7 +124,7 @@ def test_mlflow_away_the_run_goes_on_and_replay_delivers(
         start_new_session=True,
     )
     try:
-        _wait_for(port, server)
+        wait_for_port(port, server)
         for _ in range(2):  # the second has nothing left to do
             delivered = swa_dist("replay", str(folder), cwd=tmp_path)
             assert delivered.returncode == 0, delivered.stderr
@@ -142,16 +138,3 @@ def test_mlflow_away_the_run_goes_on_and_replay_delivers(
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=30)
-
-
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            assert server.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        else:
-            return

@@ -1,4 +1,4 @@
-"""A real Ray head with its jobs server, behind a token, takes submissions: they attach, stop, resume and finish once."""
+"""A real Ray head with a jobs server behind a token takes submissions: they attach, stop, resume and finish once."""
 
 import contextlib
 import json
