@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint format install clean
+.PHONY: quickstart test faults lint format install clean
 
 quickstart: install
 	$(BIN)/swa-dist quickstart
 
 test: install
 	$(BIN)/pytest
+
+faults: install
+	$(BIN)/pytest -m faults -rP tests/faults
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -20,6 +23,9 @@ lint: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+image-test: # as root, with buildah and debootstrap: builds docker/Dockerfile and runs it
+	docker/image-test
 
 install: $(VENV)/installed
 
