@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test faults lint format install clean
+.PHONY: quickstart test faults lint format image-test install clean
 
 quickstart: install
 	$(BIN)/swa-dist quickstart
