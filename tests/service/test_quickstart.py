@@ -13,6 +13,10 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
+from swa_dist.config import Model
+from swa_dist.errors import ConfigError
+from swa_dist.service import registry, weights
+from swa_dist.storage.files import sha256_file
 from tests.support import left_behind, swa_dist
 
 MARK = "SWA_DIST_TEST_ID"
@@ -124,6 +128,19 @@ def test_the_champion_loads_in_a_fresh_process_and_is_as_good_as_the_summary_say
     correct, images = map(int, result.stdout.split())
     assert images == 1397
     assert 100 * correct / images == pytest.approx(first.summary["candidates"]["swa"]["top1"], abs=100 / 1397 + 1e-9)
+
+
+def test_a_run_can_start_from_the_champion_by_its_address(first: Quickstart) -> None:
+    uri = f"sqlite:///{first.folder / 'mlflow.db'}"
+    (candidate,) = first.folder.glob("runs/swa-*/candidates/swa/model.safetensors")
+    model = Model(arch="resnet18", weights="models:/digits-resnet@champion", num_classes=10)
+    for _ in range(2):  # the second from the cache
+        fetched = weights.fetch(model, uri)
+        assert fetched.sha256 == sha256_file(candidate) == registry.stated_sha256(uri, model.weights)
+    assert registry.pinned(uri, model.weights) == "models:/digits-resnet/1"
+    for wrong in ("models:/digits-resnet@nobody", "models:/digits-resnet/7", "models:/absent/1", "models:/x"):
+        with pytest.raises(ConfigError, match=r"`model\.weights` must be"):
+            weights.fetch(Model(arch="resnet18", weights=wrong, num_classes=10), uri)
 
 
 def test_a_second_one_finds_the_finished_run(first: Quickstart) -> None:
