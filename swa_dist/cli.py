@@ -236,7 +236,11 @@ def logs(
     """Print what a Ray job has printed."""
     jobs = _ray_jobs(address, ca_file)
     if follow:
-        sys.exit(_shown(lambda display: jobs.follow(run, display)))
+        try:
+            sys.exit(_shown(lambda display: jobs.follow(run, display)))
+        except KeyboardInterrupt:
+            print(f"detached; {run} goes on")
+            return
     print(jobs.logs(run), end="")
 
 

@@ -32,6 +32,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 def conclude(job: Job, display: Display) -> Finished:
     """Weigh the scored candidates, register the one that the recipe names, and leave `summary.json`."""
+    job.check_lease()
     recipe = config.from_tree(job.recipe)
     folder = job.open()
     store, spool = folder.store, registry.spool_of(folder)

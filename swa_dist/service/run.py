@@ -68,8 +68,11 @@ class Job:
 
     def open(self) -> Folder:
         """The run's folder. A commit there is refused once another process has taken the run over."""
-        register = lease.register(lease_url(self.run_dir))
-        return open_folder(self.run_dir, lease.guard(register, _what(self.run_key), self.generation))
+        return open_folder(self.run_dir, self.check_lease)
+
+    def check_lease(self) -> None:
+        """Raises BusyError once another process has taken the run over."""
+        lease.guard(lease.register(lease_url(self.run_dir)), _what(self.run_key), self.generation)()
 
 
 @dataclass(frozen=True)

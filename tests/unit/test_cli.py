@@ -83,7 +83,10 @@ def fingerprint_in(out):
 def test_help_names_every_verb_and_ends_well(run):
     code, out, _ = run("--help")
     assert code == 0
-    for verb in ("quickstart", "finetune", "check", "show", "schema", "replay", "data"):
+    for verb in (
+        *("quickstart", "finetune", "submit", "status", "logs", "stop", "render", "doctor"),
+        *("check", "show", "schema", "replay", "data", "evaluate", "recalibrate"),
+    ):
         assert verb in out
 
 
@@ -247,6 +250,76 @@ def test_data_index_that_cannot_be_written_is_an_output_error(run, here, digits)
     code, _, err = run("data", "index", digits / "train", "--out", "file/train.parquet")
     assert code == 73
     assert "file/train.parquet" in err
+
+
+@pytest.fixture
+def indexed(here, digits):
+    """Settings that name the digits and an index of them that is yet to be written."""
+    settings = {"data.train": digits / "train", "data.val": digits / "val", "data.index": here / "index"}
+    return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+
+
+def test_data_index_of_a_recipe_writes_both_splits_and_is_what_a_scan_finds(run, here, indexed):
+    code, out, _ = run("data", "index", "--recipe", "digits", *indexed)
+    assert code == 0
+    assert re.search(r"index: indices of train and val, digest [0-9a-f]{64}\n$", out)
+    assert sorted(path.name for path in (here / "index").iterdir()) == ["train.parquet", "val.parquet"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("folder", "--recipe", "digits")])
+def test_data_index_takes_a_folder_or_a_recipe(run, arguments):
+    code, _, err = run("data", "index", *arguments)
+    assert code == 2
+    assert "either FOLDER or --recipe" in err
+
+
+def test_data_index_of_a_recipe_that_names_none_says_what_to_set(run):
+    code, _, err = run("data", "index", "--recipe", "digits")
+    assert code == 78
+    assert "data.index=FOLDER" in err
+
+
+def test_a_named_index_of_images_that_are_not_there_is_a_data_error_that_says_how_to_refresh_it(run, here, indexed):
+    assert run("data", "index", "--recipe", "digits", *indexed)[0] == 0
+    (here / "moved").mkdir()
+    process = ["--set", "cluster.launcher=process", "--set", "cluster.num_workers=1"]
+    code, _, err = run("finetune", "digits", *indexed, *process, "--set", f"data.train={here / 'moved'}")
+    assert code == 65
+    assert "swa-dist data index" in err
+    assert str(here / "moved") in err
+
+
+# Submissions that can't begin
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("submit", "digits"), 78, "--address"),
+        (("status",), 78, "--address"),
+        (("logs", "swa-0123456789ab-a1"), 78, "--address"),
+        (("stop", "swa-0123456789ab-a1"), 78, "--address"),
+        (("stop", "absent"), 78, "must be the folder of a run"),
+        (("submit", "digits", "--to", "moon"), 2, "--to"),
+        (("submit", "digits", "--to", "kube", "--overlay", "absent"), 78, "cpu-smoke"),
+        (("submit", "digits", "--to", "kube", "--template", "absent.yaml"), 78, "absent.yaml"),
+        (("status", "--address", "http://127.0.0.1:1", "--ca-file", "absent.pem"), 78, "absent.pem"),
+        (("check", "env:SWA_DIST_ABSENT"), 78, "SWA_DIST_ABSENT"),
+    ],
+)
+def test_a_submission_that_cannot_be_is_refused_with_its_code(run, monkeypatch, arguments, code, says):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    found, _, err = run(*arguments)
+    assert found == code
+    assert says in err
+
+
+def test_a_recipe_travels_in_a_variable(run, monkeypatch):
+    monkeypatch.setenv("SWA_DIST_RECIPE", run("show", "digits")[1])
+    code, out, _ = run("check", "env:SWA_DIST_RECIPE", "--set", "seed=3")
+    assert code == 0
+    assert fingerprint_in(out) == fingerprint_in(run("check", "digits", "--set", "seed=3")[1])
 
 
 # Runs that can't begin
