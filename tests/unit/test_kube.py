@@ -5,7 +5,9 @@ import http.server
 import ipaddress
 import json
 import re
+import shutil
 import ssl
+import sys
 import threading
 import time
 from collections import deque
@@ -19,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from kubernetes.config import incluster_config
 
-from swa_dist import config
+from swa_dist import cli, config
 from swa_dist.errors import ConfigError, ExitCode, ServiceError
 from swa_dist.service import kube, kube_api
 from swa_dist.service.kube import Kube
@@ -52,7 +54,8 @@ class Api(http.server.ThreadingHTTPServer):
 
     def put(self, name=NAME, status=None, labels=None):
         self.version += 1
-        metadata = {"name": name, "labels": labels or {kube.RUN_KEY: KEY[:12]}, "resourceVersion": str(self.version)}
+        labels = labels or self.jobs.get(name, {}).get("metadata", {}).get("labels") or {kube.RUN_KEY: KEY[:12]}
+        metadata = {"name": name, "labels": labels, "resourceVersion": str(self.version)}
         self.jobs[name] = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "status": status or {}}
 
     def handle_error(self, request, client_address):
@@ -88,6 +91,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body["metadata"]["name"] in self.server.jobs:
             self._say(409, "already exists")
             return
+        self.server.version += 1
+        body["metadata"]["resourceVersion"] = str(self.server.version)
         self.server.jobs[body["metadata"]["name"]] = body
         self._send(201, body)
 
@@ -586,3 +591,75 @@ def test_no_kubectl_is_an_error_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServiceError, match="kubectl must be installed"):
         kube.render("gpu")
+
+
+# The cron
+
+
+@pytest.fixture
+def tick(api, few_digits, tmp_path, monkeypatch, capsys):
+    """What the cron's pod does at each tick, by its own manifest; its mounts, images and weights are the test's."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl, which renders the overlay, is not installed")
+    (cron,) = (d for d in kube.render("cron") if d["kind"] == "CronJob")
+    pod = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    mounts = {
+        "/etc/swa-dist/recipes/resnet50-swa5.yaml": str(ROOT / "jobs" / "digits.yaml"),
+        "/etc/swa-dist/rayjob": str(ROOT / "k8s" / "overlays" / "cron"),
+        "/runs": str(tmp_path / "runs"),
+    }
+    images = tmp_path / "images"
+    shutil.copytree(few_digits, images)
+    settings = {"data.train": images / "train", "data.val": images / "val", "model.weights_sha256": "a" * 64}
+
+    def run():
+        for container in (*pod["initContainers"], *pod["containers"]):
+            command = container["command"] + container["args"]
+            for mount, here in mounts.items():
+                command = [word.replace(mount, here) for word in command]
+            command += [f"--set={name}={value}" for name, value in settings.items()]
+            monkeypatch.setattr(sys, "argv", command)
+            try:
+                cli.main()
+            except SystemExit as end:
+                if end.code:
+                    return int(end.code), capsys.readouterr().out
+        return 0, capsys.readouterr().out
+
+    run.images = images
+    return run
+
+
+def test_a_cron_runs_what_is_new_skips_what_is_finished_and_fails_with_what_fails(api, tick):
+    api.watches.append([RUNNING, DONE])
+    code, said = tick()
+    assert (code, len(api.jobs)) == (0, 1)
+    assert "submitted digits as swa-" in said
+    code, said = tick()
+    assert (code, len(api.jobs)) == (0, 1)
+    assert "finished already: swa-" in said
+    image = next((tick.images / "train" / "3").iterdir())
+    shutil.copy(image, image.with_name("another.jpg"))  # other images, another key
+    api.watches.append([RUNNING, FAILED])
+    code, said = tick()
+    assert (code, len(api.jobs)) == (75, 2)
+    api.watches.append([RUNNING, DONE])
+    code, said = tick()
+    assert (code, len(api.jobs)) == (0, 3)
+    assert "did not finish" in said
+    assert [name[-3:] for name in api.jobs] == ["-a1", "-a1", "-a2"]
+    assert {verb for verb, *_ in api.seen} == {"GET", "POST"}  # which is all that its role allows
+
+
+def test_of_two_crons_at_once_one_submits_and_both_wait(api, tick, monkeypatch):
+    start = kube.Kube.start
+
+    def late(self, name, run_key, recipe):
+        assert start(self, name, run_key, recipe)  # by the other, between the look and the submission
+        return start(self, name, run_key, recipe)
+
+    monkeypatch.setattr(kube.Kube, "start", late)
+    api.watches.append([RUNNING, DONE])
+    code, said = tick()
+    assert (code, len(api.jobs)) == (0, 1)
+    assert "by another a moment ago; attached to it" in said
