@@ -1,6 +1,8 @@
 """Real worker processes for tests, and the runs that several tests are about."""
 
 import contextlib
+import datetime
+import ipaddress
 import multiprocessing
 import os
 import signal
@@ -20,6 +22,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from swa_dist import config
 from swa_dist.config import Recipe
@@ -201,6 +206,31 @@ def free_port() -> int:
         held.bind(("127.0.0.1", 0))
         number: int = held.getsockname()[1]
         return number
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """Files of a certificate of 127.0.0.1, signed by itself, and of its key."""
+    key, name = (
+        ec.generate_private_key(ec.SECP256R1()),
+        x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")]),
+    )
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / "server.crt", folder / "server.key"
+    paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    paths[1].write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return paths
 
 
 def wait_for_port(port: int, server: "subprocess.Popen[Any]") -> None:

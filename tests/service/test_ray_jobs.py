@@ -6,8 +6,12 @@ import os
 import shlex
 import shutil
 import signal
+import socket
+import socketserver
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ import pytest
 import requests
 
 from swa_dist.service import kube
-from tests.support import command, end_marked, free_port, swa_dist
+from tests.support import certificate, command, end_marked, free_port, swa_dist
 
 MARK = "SWA_DIST_TEST_ID"
 TOKEN = "0123456789abcdef" * 4
@@ -218,6 +222,46 @@ def test_a_wrong_or_missing_token_is_refused_with_what_to_set(
     assert "RAY_AUTH_TOKEN" in result.stderr
     assert token not in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_behind_https_its_certificate_is_checked(head: Head, tmp_path: Path) -> None:
+    served, key = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(served, key)
+    with Terminator(context, int(head.address.rpartition(":")[2])) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = ("--address", f"https://127.0.0.1:{server.server_address[1]}")
+        trusted = swa_dist("status", *address, "--ca-file", str(served), cwd=tmp_path)
+        unknown = swa_dist("status", *address, cwd=tmp_path)
+        server.shutdown()
+    assert trusted.returncode == 0, trusted.stderr
+    assert unknown.returncode == 69
+    assert "Traceback" not in unknown.stderr
+
+
+class Terminator(socketserver.ThreadingTCPServer):
+    """Takes TLS connections on loopback and hands their content on to a port."""
+
+    daemon_threads = True
+
+    def __init__(self, context: ssl.SSLContext, port: int) -> None:
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with (
+                    contextlib.suppress(OSError),
+                    context.wrap_socket(self.request, server_side=True) as outer,
+                    socket.create_connection(("127.0.0.1", port)) as inner,
+                ):
+                    threading.Thread(target=forward, args=(inner, outer), daemon=True).start()
+                    forward(outer, inner)
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+def forward(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while content := source.recv(65_536):
+            target.sendall(content)
 
 
 def test_a_run_that_the_cluster_does_not_know_is_named(head: Head) -> None:

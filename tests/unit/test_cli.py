@@ -315,6 +315,16 @@ def test_a_submission_that_cannot_be_is_refused_with_its_code(run, monkeypatch, 
     assert says in err
 
 
+def test_the_entry_point_for_jobs_by_hand_is_finetune_on_the_jobs_cluster(here):
+    arguments = [sys.executable, str(JOBS / "finetune.py"), "digits.yaml", "--set", "optim.epochs=zero"]
+    result = subprocess.run(arguments, cwd=JOBS, capture_output=True, text=True, check=False)
+    assert result.returncode == 78
+    assert "`optim.epochs` must be" in result.stderr
+    arguments[-1] = "cluster.launcher=process"  # on two workers, which one process is not: so it runs `finetune`
+    result = subprocess.run(arguments, cwd=JOBS, capture_output=True, text=True, check=False)
+    assert "`cluster.num_workers` must be 1 where `cluster.launcher` is process" in result.stderr
+
+
 def test_a_recipe_travels_in_a_variable(run, monkeypatch):
     monkeypatch.setenv("SWA_DIST_RECIPE", run("show", "digits")[1])
     code, out, _ = run("check", "env:SWA_DIST_RECIPE", "--set", "seed=3")

@@ -1,8 +1,6 @@
 """RayJobs on a real HTTP server that speaks the Kubernetes API: its paths, statuses, watches and cut connections."""
 
-import datetime
 import http.server
-import ipaddress
 import json
 import re
 import shutil
@@ -15,10 +13,6 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from kubernetes.config import incluster_config
 
 from swa_dist import cli, config
@@ -26,6 +20,7 @@ from swa_dist.errors import ConfigError, ExitCode, ServiceError
 from swa_dist.service import kube, kube_api
 from swa_dist.service.kube import Kube
 from swa_dist.service.submit import RECIPE_VARIABLE, Attempt
+from tests.support import certificate
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = kube.load_template(ROOT / "k8s" / "overlays" / "cron" / "rayjob.yaml")
@@ -307,11 +302,11 @@ def test_an_unknown_context_is_an_error_that_names_it(api):
 
 
 def test_in_a_pod_its_service_account_is_used_and_the_certificate_checked(api, tmp_path, monkeypatch, recipe):
-    certificate, key = _certificate(tmp_path)
+    served, key = certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(served, key)
     api.socket = context.wrap_socket(api.socket, server_side=True)
-    for name, text in (("token", "of-the-pod"), ("namespace", "jobs\n"), ("ca.crt", certificate.read_text())):
+    for name, text in (("token", "of-the-pod"), ("namespace", "jobs\n"), ("ca.crt", served.read_text())):
         (tmp_path / name).write_text(text)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(api.server_address[1]))
@@ -321,32 +316,10 @@ def test_in_a_pod_its_service_account_is_used_and_the_certificate_checked(api, t
     assert Kube(template=TEMPLATE).start(NAME, KEY, recipe)
     assert [(path.split("/")[5], token) for _, path, token, _ in api.seen] == [("jobs", "bearer of-the-pod")]
 
-    other, _ = _certificate(tmp_path)
+    other, _ = certificate(tmp_path)
     (tmp_path / "ca.crt").write_text(other.read_text())
     with pytest.raises(ServiceError, match="certificate"):
         Kube(template=TEMPLATE).start(NAME, KEY, recipe)
-
-
-def _certificate(folder):
-    """Of 127.0.0.1, signed by itself, and its key."""
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kube")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    paths = folder / "server.crt", folder / "server.key"
-    paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    paths[1].write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return paths
 
 
 # What there is

@@ -1,9 +1,7 @@
 """Starting weights of any kind of address: fetched once, held to their hash from then on, and explained when not."""
 
-import datetime
 import hashlib
 import http.server
-import ipaddress
 import socket
 import ssl
 import threading
@@ -11,13 +9,11 @@ import urllib.request
 
 import pytest
 import torchvision.models
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from swa_dist.config import Model
 from swa_dist.errors import CheckpointError, ConfigError, OutputError, ServiceError
 from swa_dist.service import weights
+from tests import support
 
 CONTENT = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -44,27 +40,10 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
     """A key and a certificate for 127.0.0.1."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("certificate") / "both.pem"
-    path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + made.public_bytes(serialization.Encoding.PEM)
-    )
-    return path
+    made, key = support.certificate(tmp_path_factory.mktemp("certificate"))
+    both = made.with_name("both.pem")
+    both.write_bytes(key.read_bytes() + made.read_bytes())
+    return both
 
 
 class Server:
