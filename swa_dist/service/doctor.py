@@ -153,9 +153,10 @@ def _shared_memory() -> Finding:
 
 
 def _open_files() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _LEAST_FILES:
-        return Finding("", "warning", f"at most {soft}", f"Ray wants {_LEAST_FILES} or more: ulimit -n {hard}")
+        remedy = f"Ray wants {_LEAST_FILES} or more: ulimit -n 65536, or docker run --ulimit nofile=65536."
+        return Finding("", "warning", f"at most {soft}", remedy)
     return Finding("", "ok", f"at most {soft:,}")
 
 
