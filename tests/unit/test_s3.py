@@ -20,16 +20,7 @@ from swa_dist.storage import folder as folders
 from swa_dist.storage.s3 import Prefix, S3Store
 from swa_dist.storage.store import MANIFEST, DiskStore, newest
 from tests.support import SECRET_KEY, free_port
-
-KIND = "checkpoints"
-
-
-def filling(content):
-    def fill(folder):
-        (folder / "model.bin").write_bytes(content * 100)
-        (folder / "facts.json").write_text(json.dumps({"content": content.decode()}))
-
-    return fill
+from tests.unit.test_storage import KIND, filling
 
 
 @pytest.fixture
