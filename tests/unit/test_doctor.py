@@ -3,17 +3,22 @@
 import http.server
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import types
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
-from swa_dist import config
+from swa_dist import cli, config
 from swa_dist.service import doctor
-from tests.support import JOBS, command, free_port, wait_for_port
+from tests.support import JOBS, free_port, wait_for_port
 
 CANARIES = {
     "AWS_SECRET_ACCESS_KEY": "canary-of-s3",
@@ -32,6 +37,14 @@ def recipe_of(tmp_path, **fields):
     return config.replace(config.load(JOBS / "digits.yaml"), **(located | fields))
 
 
+@pytest.fixture(autouse=True)
+def _unset(monkeypatch):
+    """No setting of whoever runs the tests decides a finding."""
+    for name in os.environ:
+        if name.startswith(("RAY_AUTH", "RAY_API", "RAY_JOB", "MLFLOW_TRACKING", "KUBERNETES_", "SWA_DIST_")):
+            monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def find(monkeypatch):
     """The finding of one check. DALI, which takes seconds, is only looked at where it is asked for."""
@@ -39,10 +52,27 @@ def find(monkeypatch):
     def one(check, recipe=None, address=None):
         if check != "DALI":
             monkeypatch.setattr(doctor, "_dali", lambda: doctor.Finding("", "skipped", "not asked for"))
-        (finding,) = (f for f in doctor.examine(recipe, address, None) if f.check == check)
+        found = doctor.examine(recipe, address, None)
+        assert all(f.remedy for f in found if f.state in ("warning", "broken")), found
+        (finding,) = (f for f in found if f.check == check)
         return finding
 
     return one
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run `swa-dist` in this process: its exit code, what it printed, and its errors."""
+
+    def run_command(*arguments):
+        capsys.readouterr()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["swa-dist", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return run_command
 
 
 @pytest.fixture
@@ -66,7 +96,7 @@ def answering():
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return f"http://127.0.0.1:{server.server_address[1]}"
 
     yield start
@@ -92,13 +122,108 @@ def test_dali_decodes_here_in_a_process_of_its_own(find):
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_is_broken(find, tmp_path):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     finding = find("GPUs", recipe_of(tmp_path, **{"cluster.gpus_per_worker": 1}))
     assert finding.state == "broken"
     assert "auto" in finding.remedy
+
+
+@pytest.fixture
+def two_cards(monkeypatch):
+    """NVIDIA's driver with two GPUs; torch uses them if it is told to."""
+    driver = types.SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlSystemGetDriverVersion=lambda: "575.51",
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+
+    def use(usable):
+        card = types.SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+        monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+
+    return use
+
+
+def test_gpus_are_named_with_memory_driver_and_nccl(find, two_cards):
+    two_cards(True)
+    finding = find("GPUs")
+    assert finding.state == "ok"
+    assert finding.found.startswith("2: NVIDIA H100 with 80 GiB, NVIDIA H100 with 80 GiB; driver 575.51, CUDA ")
+    assert finding.found.endswith("NCCL 2.27.3")
+
+
+@pytest.mark.parametrize(("gpus", "state"), [("auto", "warning"), (1, "broken")])
+def test_a_driver_whose_gpus_torch_cannot_use_is_told(find, two_cards, tmp_path, gpus, state):
+    two_cards(False)
+    finding = find("GPUs", recipe_of(tmp_path, **{"cluster.gpus_per_worker": gpus}))
+    assert finding.state == state
+    assert "575.51 has 2" in finding.found
+    assert "driver" in finding.remedy
+
+
+def test_a_torchvision_of_another_torch_is_broken(find, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    finding = find("Python")
+    assert finding.state == "broken"
+    assert "fit together" in finding.remedy
+
+
+def test_a_dali_that_decodes_nothing_or_hangs_is_broken(find, monkeypatch):
+    monkeypatch.setattr(doctor, "_DECODE", "raise SystemExit('no libnvjpeg')")
+    finding = find("DALI")
+    assert (finding.state, "no libnvjpeg" in finding.found) == ("broken", True)
+    monkeypatch.setattr(doctor, "_DALI_SECONDS", 0.2)
+    monkeypatch.setattr(doctor, "_DECODE", "import time; time.sleep(60)")
+    finding = find("DALI")
+    assert (finding.state, "0.2 s" in finding.found, finding.remedy != "") == ("broken", True, True)
+    assert "sleep" not in finding.found
+
+
+def test_little_shared_memory_is_a_warning(find, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=2**26) if path == "/dev/shm" else usage)
+    finding = find("shared memory")
+    assert (finding.state, finding.found) == ("warning", "/dev/shm has 0.1 GiB")
+    assert "--shm-size" in finding.remedy
+
+
+def test_few_open_files_are_a_warning(find, monkeypatch):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
+    try:
+        finding = find("open files")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert (finding.state, finding.found) == ("warning", "at most 1,024")
+    assert "ulimit -n 65536" in finding.remedy
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert find("open files").state == "ok"
+
+
+def test_a_home_that_cannot_be_written_is_a_warning_unless_the_token_is_elsewhere(find, monkeypatch):
+    monkeypatch.setenv("HOME", "/proc")  # where root can't write either
+    finding = find("home folder")
+    assert finding.state == "warning"
+    assert "RAY_AUTH_TOKEN" in finding.remedy
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/run/secrets/ray")
+    assert find("home folder").state == "ok"
+
+
+def test_scratch_space_that_is_not_there_or_small_is_told(find, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    finding = find("scratch space")
+    assert (finding.state, "TMPDIR" in finding.remedy) == ("broken", True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30))
+    assert find("scratch space").state == "warning"
 
 
 VERSION = __import__("ray").__version__
@@ -156,7 +281,14 @@ def test_a_real_mlflow_server_answers_its_own_host_and_refuses_others(find, tmp_
         *("--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--allowed-hosts", f"localhost:{port}"),
     ]
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(arguments, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(
+            arguments,
+            cwd=tmp_path,
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # eight processes that nothing here needs
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
         wait_for_port(port, server)
         known, foreign = (
@@ -203,6 +335,17 @@ def test_in_kubernetes_the_drain_must_be_shorter_than_the_grace(find, monkeypatc
     if grace is not None:
         monkeypatch.setenv("SWA_DIST_GRACE_SECONDS", grace)
     assert find("drain before grace").state == state
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    assert find("drain before grace").state == (state if grace is not None else "skipped")
+
+
+@pytest.mark.parametrize(("drain", "state", "says"), [("0", "warning", "no notice"), ("soon", "broken", "'soon'")])
+def test_a_drain_that_is_off_or_no_number_is_told(find, monkeypatch, drain, state, says):
+    monkeypatch.setenv("SWA_DIST_GRACE_SECONDS", "120")
+    monkeypatch.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", drain)
+    finding = find("drain before grace")
+    assert (finding.state, says in finding.found) == (state, True), finding
+    assert "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" in finding.remedy
 
 
 def test_a_check_that_fails_by_itself_does_not_end_the_others(monkeypatch):
@@ -217,21 +360,88 @@ def test_a_check_that_fails_by_itself_does_not_end_the_others(monkeypatch):
     assert doctor.exit_code([f for f in found if f.state != "broken"]) == 0
 
 
-def test_the_verb_prints_a_line_each_or_json_and_no_secret(tmp_path, monkeypatch):
+def test_a_check_that_hangs_does_not_hold_up_the_others(find, monkeypatch):
+    hanging = threading.Event()
+    monkeypatch.setattr(doctor, "_home", hanging.wait)
+    monkeypatch.setattr(doctor, "_CHECK_SECONDS", 1)
+    began = time.monotonic()
+    finding = find("home folder")
+    hanging.set()
+    assert (finding.state, finding.found) == ("broken", "no answer in 1 s")
+    assert time.monotonic() - began < 30
+
+
+def test_a_password_in_mlflows_address_ends_no_check_and_is_not_told(find, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:canary@secret@127.0.0.1:{free_port()}")
+    recipe = recipe_of(tmp_path, **{"tracking.uri": "auto"})
+    assert find("images", recipe).state == "ok"
+    finding = find("MLflow", recipe)
+    assert finding.state == "broken"
+    assert "canary" not in finding.found + finding.remedy
+    assert "secret" not in finding.found + finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("check", "variable", "value"),
+    [
+        ("Ray cluster", "RAY_AUTH_TOKEN", "canary-token\n"),
+        ("Ray cluster", "RAY_JOB_HEADERS", '{"Authorization": "Bearer canary-token\\n"}'),
+        ("Ray cluster", "RAY_API_SERVER_ADDRESS", "http://me:canary-token@127.0.0.1:9"),
+        ("MLflow", "MLFLOW_TRACKING_TOKEN", "canary-token\n"),
+        ("MLflow", "MLFLOW_TRACKING_URI", "postgresql://me:canary/token@db/mlflow"),
+    ],
+)
+def test_a_setting_that_a_library_would_quote_is_not_told(find, answering, monkeypatch, check, variable, value):
+    address = answering(lambda headers: (500, {}, {}))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
+    monkeypatch.setenv(variable, value)
+    assert "canary" not in json.dumps(find(check).facts())
+
+
+def test_what_a_check_raises_is_told_without_the_secrets_on_one_line(monkeypatch, tmp_path):
+    for name, value in CANARIES.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "token").write_text("canary-in-a-file\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("RAY_JOB_HEADERS", "canary-no-json")
+    monkeypatch.setenv("SHORT_TOKEN", "s")  # masks no sentence
+
+    def failing():
+        raise OSError(
+            f"it said:\n  {' '.join(CANARIES.values())} canary-in-a-file canary-no-json for s3://user:canary@host"
+        )
+
+    monkeypatch.setattr(doctor, "_dali", failing)
+    (finding,) = (f for f in doctor.examine(None, None, None) if f.check == "DALI")
+    assert finding.found == "OSError: it said: *** *** *** *** *** for s3://***@host"
+
+
+def test_the_verb_prints_a_line_each_or_json_and_no_secret(run, monkeypatch):
     for name, value in CANARIES.items():
         monkeypatch.setenv(name, value)
     uri = f"http://127.0.0.1:{free_port()}"
-    arguments = ("doctor", "digits", "--set", f"tracking.uri={uri}", "--address", uri)
-    for extra in ((), ("--json",)):
-        result = subprocess.run(
-            command(*arguments, *extra), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert result.returncode == 69
-        assert "Traceback" not in result.stderr
-        for value in CANARIES.values():
-            assert value not in result.stdout + result.stderr
-    states = {one["check"]: one["state"] for one in json.loads(result.stdout)}
+    code, text, errors = run("doctor", "digits", "--set", f"tracking.uri={uri}", "--address", uri)
+    assert code == 69
+    assert "broken   MLflow: " in text
+    code, facts, more_errors = run("doctor", "digits", "--set", f"tracking.uri={uri}", "--address", uri, "--json")
+    assert code == 69
+    for value in CANARIES.values():
+        assert value not in text + errors + facts + more_errors
+    found = json.loads(facts)
+    assert all(set(one) == {"check", "state", "found", "remedy"} for one in found)
+    states = {one["check"]: one["state"] for one in found}
     assert (states["MLflow"], states["Ray cluster"], states["Python"]) == ("broken", "broken", "ok")
+    assert states.keys() == {line[9:].split(":")[0] for line in text.splitlines() if line[:8].strip()}
+
+
+def test_the_verb_without_a_recipe_ends_well_where_all_is_well(run):
+    code, text, _ = run("doctor")
+    assert code == 0
+    assert "ok       DALI: decodes" in text
+    assert "broken" not in text
+    assert not list(Path.cwd().iterdir())
 
 
 def test_what_is_broken_is_shown_with_its_remedy(capsys):
