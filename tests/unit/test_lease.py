@@ -15,6 +15,7 @@ from swa_dist.storage import folder, lease
 from swa_dist.storage.lease import guard, hold
 
 TTL = 1.0
+LONG = 30.0  # where it is not to be waited for
 
 # Holds the lease, as if on a machine of the name that is given, until it is ended.
 HOLD = """
@@ -73,24 +74,24 @@ def test_one_after_another_each_has_a_higher_generation(url):
 
 
 def test_a_second_process_here_is_told_at_once_who_holds_it(url, start):
-    holder = start()
+    holder = start(ttl=LONG)
     assert says(holder) == "held 1"
     began = time.monotonic()
     message = rf"the run must not be running already, but is: process {holder.pid} on"
     with pytest.raises(BusyError, match=message) as caught:
-        take(url)
-    assert time.monotonic() - began < TTL / 2
+        take(url, LONG)
+    assert time.monotonic() - began < LONG / 2
     assert caught.value.exit_code == 75
 
 
 def test_a_process_here_that_was_killed_is_followed_at_once(url, start):
-    holder = start()
+    holder = start(ttl=LONG)
     says(holder)
     holder.kill()
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # it is left a zombie, which is dead too
     began = time.monotonic()
-    assert take(url) == 2
-    assert time.monotonic() - began < TTL / 2
+    assert take(url, LONG) == 2
+    assert time.monotonic() - began < LONG / 2
 
 
 def test_a_dead_one_elsewhere_is_followed_after_its_time_and_not_before(url, start):
@@ -100,7 +101,7 @@ def test_a_dead_one_elsewhere_is_followed_after_its_time_and_not_before(url, sta
     holder.wait()
     died = time.monotonic()
     assert take(url) == 2
-    assert TTL / 2 < time.monotonic() - died < 3 * TTL
+    assert TTL / 2 < time.monotonic() - died < 10 * TTL
 
 
 @pytest.mark.parametrize("clock", [0.0, 3600.0, -3600.0])
@@ -138,14 +139,14 @@ def test_one_that_was_paused_and_followed_knows_it_lost_and_writes_no_more(url, 
 
 
 def test_of_many_at_once_one_has_it(url, tmp_path):
-    """Each holds it for a moment, again and again; a file that only one may have open tells."""
+    """Each holds it three times for a moment; a file that only one can make tells whether another has it."""
     journal = tmp_path / "journal"
     processes = [
         subprocess.Popen([sys.executable, "-c", RACE, url, str(journal), str(tmp_path / "only")]) for _ in range(6)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0] * 6
     generations = [int(line) for line in journal.read_text().split()]
-    assert len(generations) > 6
+    assert len(generations) == 6 * 3
     assert generations == sorted(set(generations))
 
 
@@ -155,8 +156,8 @@ from swa_dist.errors import BusyError
 from swa_dist.storage import lease
 
 url, journal, only = sys.argv[1:]
-end = time.monotonic() + 3
-while time.monotonic() < end:
+held_times = 0
+while held_times < 3:
     try:
         with lease.hold(lease.register(url), "x", lambda line: None, ttl_seconds=30) as held:
             handle = os.open(only, os.O_CREAT | os.O_EXCL)
@@ -164,6 +165,7 @@ while time.monotonic() < end:
                 file.write(f"{held.generation}\\n")
             os.close(handle)
             os.unlink(only)
+        held_times += 1
     except BusyError:
         time.sleep(random.random() / 50)
 """
