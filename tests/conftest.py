@@ -1,5 +1,6 @@
 """What all tests share: an environment that leaves the machine alone, real images, weights fitted to them."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,9 +61,10 @@ def start_weights(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real S3 server, moto's, in a process of its own."""
     port = support.free_port()
-    arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    arguments = [sys.executable, "-c", support.S3_SERVER, str(port)]
+    few_at_a_time = os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": "20"}  # so that lists have pages
     with (tmp_path_factory.mktemp("s3") / "log").open("w") as log:
-        server = subprocess.Popen(arguments, stdout=log, stderr=log)
+        server = subprocess.Popen(arguments, stdout=log, stderr=log, env=few_at_a_time)
     support.wait_for_port(port, server)
     yield f"http://127.0.0.1:{port}"
     server.kill()

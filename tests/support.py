@@ -2,16 +2,21 @@
 
 import contextlib
 import datetime
+import http.client
+import http.server
 import ipaddress
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -247,22 +252,123 @@ def wait_for_port(port: int, server: "subprocess.Popen[Any]") -> None:
             return
 
 
+# moto's server, which looks at the condition of a write and then writes: two at once can both be let through.
+S3_SERVER = """
+import io, sys, threading
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import run_simple
+
+moto, one_at_a_time = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+def serve(environ, start_response):
+    if environ["REQUEST_METHOD"] != "PUT" or not {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"} & set(environ):
+        return moto(environ, start_response)
+    environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+    with one_at_a_time:
+        return moto(environ, start_response)
+
+run_simple("127.0.0.1", int(sys.argv[1]), serve, threaded=True, request_handler=MotoRequestHandler)
+"""
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """In front of an S3 server, on loopback. `rule(number, method, path)` says what becomes of each request:
+
+    "" it is answered; "cut" it is not even heard; "deaf" it is done, and its answer is lost; otherwise the answer
+    itself, from the status line on. A client whose AWS_SDK_UA_APP_ID is PID-N is killed before its request N is heard.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, server: str, rule: Callable[[int, str, str], str] = lambda number, method, path: "") -> None:
+        super().__init__(("127.0.0.1", 0), _Forward)
+        self.upstream = server.removeprefix("http://")
+        self.rule = rule
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.seen: list[str] = []
+        """What was asked for."""
+        self._by_client: dict[str, int] = {}
+        self._counting = threading.Lock()
+
+    def __enter__(self) -> "Proxy":
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def fate(self, method: str, path: str, client: str) -> str:
+        with self._counting:
+            number = len(self.seen)
+            self.seen.append(f"{method} {path}")
+            if victim := re.search(r"app/(\d+)-(\d+)", client):
+                own = self._by_client[victim[0]] = self._by_client.get(victim[0], -1) + 1
+                if own >= int(victim[2]):
+                    os.kill(int(victim[1]), signal.SIGKILL)
+                    return "cut"
+        return self.rule(number, method, path)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # clients that were killed
+
+
+class _Forward(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fate = self.server.fate(self.command, self.path, self.headers.get("User-Agent", ""))
+        self.close_connection = True
+        if fate not in ("", "cut", "deaf"):
+            self.wfile.write(f"HTTP/1.1 {fate}".encode())
+        if fate not in ("", "deaf"):
+            return
+        upstream = http.client.HTTPConnection(self.server.upstream, timeout=60)
+        unforwarded = ("connection", "expect")
+        kept = {name: value for name, value in self.headers.items() if name.lower() not in unforwarded}
+        upstream.request(self.command, self.path, body, kept)
+        answer = upstream.getresponse()
+        content = answer.read()
+        upstream.close()
+        if fate == "deaf":
+            return
+        self.send_response_only(answer.status, answer.reason)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding"):
+                self.send_header(name, value)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward  # noqa: N815 - http.server's names
+
+
+def answer_of(status: str, code: str) -> str:
+    """An error of S3, for `Proxy`."""
+    body = f"<Error><Code>{code}</Code><Message>no</Message></Error>"
+    return f"{status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+
+
 def new_bucket(server: str, patch: pytest.MonkeyPatch) -> str:
     """The URL of a new bucket of an S3 server that the environment then leads to."""
-    import boto3
-
     settings = {
         "AWS_ENDPOINT_URL": server,
         "AWS_ACCESS_KEY_ID": "tests",
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
     }
     for name, value in settings.items():
         patch.setenv(name, value)
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CA_BUNDLE"):
         patch.delenv(name, raising=False)
     bucket = f"swa-{uuid.uuid4().hex}"
-    boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
+    urllib.request.urlopen(urllib.request.Request(f"{server}/{bucket}", method="PUT")).close()
     return f"s3://{bucket}"
 
 

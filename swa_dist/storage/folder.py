@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swa_dist.errors import CheckpointError
 from swa_dist.storage import files
-from swa_dist.storage.store import DiskStore, Store
+from swa_dist.storage.store import MANIFEST, DiskStore, Store
 
 if TYPE_CHECKING:
     from swa_dist.storage.s3 import Prefix
@@ -33,31 +34,39 @@ def join(url: str, name: str) -> str:
     return f"{url.rstrip('/')}/{name}"
 
 
+def _split(url: str) -> tuple[str, str]:
+    parent, _, name = url.rstrip("/").rpartition("/")
+    return parent, name
+
+
 def read(url: str) -> bytes | None:
     """The file at a path or address, or None where there is none. Raises OSError or ServiceError."""
     if is_s3(url):
-        parent, _, name = url.rpartition("/")
+        parent, name = _split(url)
         return _prefix(parent).read(name)
-    path = Path(url)
-    return path.read_bytes() if path.exists() else None
+    try:
+        return Path(url).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def write(url: str, content: bytes) -> None:
     """Write the file at a path or address, at once. Raises OutputError or ServiceError."""
     if is_s3(url):
-        parent, _, name = url.rpartition("/")
+        parent, name = _split(url)
         _prefix(parent).write(name, content)
     else:
         files.write_atomic(Path(url), content)
 
 
 def remove(url: str) -> None:
-    """Remove the file at a path or address, if it is there."""
+    """Remove the file at a path or address, if it is there. Raises OutputError or ServiceError."""
     if is_s3(url):
-        parent, _, name = url.rpartition("/")
+        parent, name = _split(url)
         _prefix(parent).remove(name)
     else:
-        Path(url).unlink(missing_ok=True)
+        with files.writing(Path(url)):
+            Path(url).unlink(missing_ok=True)
 
 
 def check_writable(url: str) -> None:
@@ -80,7 +89,7 @@ class Folder:
     store: Store
     remote: "Prefix | None"
     scratch: tempfile.TemporaryDirectory[str] | None
-    """What `local` is in, of a folder on S3; it goes with this object."""
+    """What `local` is in, of a folder on S3; it goes with this object and its store."""
 
     def pull(self, *names: str) -> None:
         """Get these files, where they are there."""
@@ -88,6 +97,8 @@ class Folder:
             return
         for name in names:
             if self.remote.has(name):
+                with files.writing(self.local / name):
+                    (self.local / name).parent.mkdir(parents=True, exist_ok=True)
                 self.remote.download(name, self.local / name)
 
     def push(self, *names: str) -> None:
@@ -100,8 +111,16 @@ class Folder:
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Raises CheckpointError where it is damaged."""
-        self.pull(name)
-        return files.read_json(self.local / name)
+        if self.remote is None:
+            return files.read_json(self.local / name)
+        content = self.remote.read(name)
+        if content is None:
+            return None
+        files.write_atomic(self.local / name, content)
+        try:
+            return files.read_json(self.local / name)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(self.local), self.remote.url)) from None
 
     def write(self, name: str, content: str) -> None:
         files.write_atomic(self.local / name, content)
@@ -111,7 +130,8 @@ class Folder:
         return self.remote.has(name) if self.remote is not None else (self.local / name).exists()
 
     def remove(self, name: str) -> None:
-        (self.local / name).unlink(missing_ok=True)
+        with files.writing(self.local / name):
+            (self.local / name).unlink(missing_ok=True)
         if self.remote is not None:
             self.remote.remove(name)
 
@@ -120,13 +140,14 @@ def open_folder(url: str, guard: Callable[[], None] = lambda: None) -> Folder:
     """The folder at a path or address, which need not be there yet. `guard` is asked before each commit of an entry."""
     if not is_s3(url):
         return Folder(url, Path(url), DiskStore(Path(url), guard), None, None)
-    scratch = tempfile.TemporaryDirectory(prefix="swa-run-", ignore_cleanup_errors=True)
     from swa_dist.storage.s3 import S3Store
 
-    local, remote = Path(scratch.name) / "run", _prefix(url)
-    with files.writing(local):
+    remote = _prefix(url)
+    with files.writing(Path(tempfile.gettempdir())):
+        scratch = tempfile.TemporaryDirectory(prefix="swa-run-", ignore_cleanup_errors=True)
+        local = Path(scratch.name) / "run"
         local.mkdir()
-    return Folder(url, local, S3Store(remote, DiskStore(local), guard), remote, scratch)
+    return Folder(url, local, S3Store(remote, DiskStore(local), guard, scratch), remote, scratch)
 
 
 def set_aside(url: str, suffix: str) -> None:
@@ -141,20 +162,28 @@ def set_aside(url: str, suffix: str) -> None:
         with files.writing(old):
             old.rename(target)
         return
-    parent, _, name = url.rpartition("/")
+    parent, name = _split(url)
     prefix = _prefix(parent)
     number, target_name = 0, name + suffix
     while prefix.names(f"{target_name}/"):
         number += 1
         target_name = f"{name}{suffix}-{number}"
-    # The manifests first: what is half moved has no entry that lacks a file, nor a summary without its run.
-    for one in sorted(prefix.names(f"{name}/"), key=lambda n: not n.endswith(("manifest.json", "summary.json"))):
-        prefix.rename(one, target_name + one.removeprefix(name))
+    # All of it is there twice before any of it goes, and the manifests go first: what a kill leaves under the old name
+    # has no entry that lacks a file, nor a summary without its run, and what it takes from there is whole elsewhere.
+    found = sorted(prefix.names(f"{name}/"), key=_is_mark)
+    for one in found:
+        prefix.copy(one, target_name + one.removeprefix(name))
+    prefix.remove(*filter(_is_mark, found))
+    prefix.remove(*found)
+
+
+def _is_mark(name: str) -> bool:
+    """Whether this file says that others are there."""
+    return name.endswith((f"/{MANIFEST}", "/summary.json"))
 
 
 def exists(url: str) -> bool:
     """Whether there is a folder with anything in it."""
     if is_s3(url):
-        parent, _, name = url.rpartition("/")
-        return bool(_prefix(parent).names(f"{name}/"))
-    return Path(url).exists()
+        return bool(_prefix(url).names())
+    return Path(url).is_dir() and any(Path(url).iterdir())

@@ -6,28 +6,34 @@ Credentials, region and endpoint are boto3's own settings (AWS_* variables, prof
 import contextlib
 import functools
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import boto3
+from boto3.exceptions import Boto3Error
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
-from swa_dist.errors import CheckpointError, ConfigError, OutputError, ServiceError
-from swa_dist.storage.files import new_folder, write_atomic
+from swa_dist.errors import BusyError, CheckpointError, ConfigError, OutputError, ServiceError, SwaDistError
+from swa_dist.storage.files import new_folder, read_json, write_atomic, writing
 from swa_dist.storage.lease import Seen
 from swa_dist.storage.store import MANIFEST, DiskStore
 
-_SETTINGS = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 5})
+_SETTINGS = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 5})
+# All attempts together take less than the time that a lease has left after a heartbeat.
+_LEASE_SETTINGS = Config(connect_timeout=5, read_timeout=8, retries={"mode": "standard", "total_max_attempts": 4})
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _ABSENT = frozenset({"404", "NoSuchKey", "NotFound"})
-_REFUSED = frozenset({"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"})
+_REFUSED = frozenset({"403", "AccessDenied", "ExpiredToken", "InvalidToken"})
 _LOST = frozenset({"412", "PreconditionFailed", "409", "ConditionalRequestConflict"})
 _DELETED_PER_REQUEST = 1000
+_DATA = ".data-"
+_CORRUPT = ".corrupt-"
 
 
 class Prefix:
@@ -36,17 +42,18 @@ class Prefix:
     Every method raises ServiceError where S3 doesn't answer, or OutputError where it refuses.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, settings: Config = _SETTINGS) -> None:
         self.url = url.rstrip("/")
-        parts = urlparse(self.url)
-        if parts.scheme != "s3" or not parts.netloc:
-            raise ConfigError(f"an S3 address must be like s3://BUCKET/PREFIX, but is {url}.")
-        self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
+        self._settings = settings
+        self._bucket, _, path = self.url.removeprefix("s3://").partition("/")
+        self._prefix = path.strip("/")
+        if not url.startswith("s3://") or not _BUCKET.fullmatch(self._bucket):
+            raise ConfigError(f"an S3 address must be like s3://BUCKET/PREFIX, but is {_without_secrets(url)}.")
 
     @functools.cached_property
     def _client(self) -> Any:
         with self._answering("reach"):
-            return boto3.session.Session().client("s3", config=_SETTINGS)
+            return boto3.session.Session().client("s3", config=self._settings)
 
     def read(self, name: str) -> bytes | None:
         seen = self.look(name)
@@ -61,7 +68,8 @@ class Prefix:
                     return None
                 raise
             now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-            age = (now - answer["LastModified"]).total_seconds()
+            # Both times are in whole seconds: what was written a moment ago can seem to be a second old.
+            age = (now - answer["LastModified"]).total_seconds() - 1
             return Seen(answer["Body"].read(), answer["ETag"], age)
 
     def write(self, name: str, content: bytes) -> None:
@@ -96,7 +104,7 @@ class Prefix:
             self._client.upload_file(str(path), self._bucket, self._key(name))
 
     def download(self, name: str, path: Path) -> None:
-        with self._answering("read", name):
+        with writing(path), self._answering("read", name):
             self._client.download_file(self._bucket, self._key(name), str(path))
 
     def names(self, under: str = "") -> list[str]:
@@ -113,14 +121,14 @@ class Prefix:
         with self._answering("remove", *names[:1]):
             for first in range(0, len(keys), _DELETED_PER_REQUEST):
                 some = keys[first : first + _DELETED_PER_REQUEST]
-                self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": some, "Quiet": True})
+                answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": some, "Quiet": True})
+                if failures := answer.get("Errors"):  # in an answer that says 200
+                    raise ClientError({"Error": failures[0]}, "DeleteObjects")
 
-    def rename(self, name: str, to: str) -> None:
-        """Move an object, on the server. Not at once: for a moment there are both."""
+    def copy(self, name: str, to: str) -> None:
+        """Copy an object, on the server."""
         with self._answering("copy", name):
-            source = {"Bucket": self._bucket, "Key": self._key(name)}
-            self._client.copy(source, self._bucket, self._key(to))
-        self.remove(name)
+            self._client.copy({"Bucket": self._bucket, "Key": self._key(name)}, self._bucket, self._key(to))
 
     def abort_uploads(self, under: str) -> None:
         """End what kills left of uploads in parts: it is invisible, and paid for."""
@@ -129,7 +137,14 @@ class Prefix:
                 Bucket=self._bucket, Prefix=self._key(under)
             )
             for upload in (upload for page in pages for upload in page.get("Uploads", [])):
-                self._client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                self._abort(upload["Key"], upload["UploadId"])
+
+    def _abort(self, key: str, upload: str) -> None:
+        try:
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
+        except ClientError as error:
+            if _code(error) != "NoSuchUpload":  # it ended meanwhile
+                raise
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}".lstrip("/")
@@ -140,17 +155,21 @@ class Prefix:
         where = f"{self.url}/{name}" if name else self.url
         try:
             yield
-        except (ClientError, BotoCoreError) as error:
-            if isinstance(error, ClientError) and _code(error) in _REFUSED:
+        except (ClientError, BotoCoreError, Boto3Error) as raised:
+            # Uploads in parts have errors of their own, around those that S3 answers.
+            error = raised.__context__ if isinstance(raised, Boto3Error) and raised.__context__ else raised
+            said = _without_secrets(str(error)).rstrip(".")
+            if isinstance(error, ClientError) and _code(error) == "NoSuchBucket":
                 raise OutputError(
-                    f"{where} must be allowed to be used, but S3 refuses to {what} it: {error}. Look at the AWS"
+                    f"{where} must be in a bucket that is there, but S3 knows none of the name {self._bucket}. Make it,"
+                    " or choose another."
+                ) from None
+            if _is_refusal(error):
+                raise OutputError(
+                    f"{where} must be allowed to be used, but S3 refuses to {what} it: {said}. Look at the AWS"
                     " credentials and at the bucket's policy."
                 ) from None
-            raise ServiceError(f"S3 must {what} {where}, but does not: {error}.") from None
-        except OSError as error:
-            if error.filename is not None:
-                raise  # a file of this machine
-            raise ServiceError(f"S3 must {what} {where}, but does not: {error}.") from None
+            raise ServiceError(f"S3 must {what} {where}, but does not: {said}.") from None
 
 
 @dataclass(frozen=True)
@@ -159,6 +178,14 @@ class S3Register:
 
     prefix: Prefix
     name: str
+
+    @classmethod
+    def at(cls, url: str) -> "S3Register":
+        parent, _, name = url.rpartition("/")
+        return cls(Prefix(parent, _LEASE_SETTINGS), name)
+
+    def __str__(self) -> str:
+        return f"{self.prefix.url}/{self.name}"
 
     def look(self) -> Seen | None:
         return self.prefix.look(self.name)
@@ -174,40 +201,62 @@ class S3Store:
     entry. So an entry is replaced at once, and what a kill leaves half-written is never one.
     """
 
-    def __init__(self, remote: Prefix, local: DiskStore, guard: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, remote: Prefix, local: DiskStore, guard: Callable[[], None] = lambda: None, keep: object = None
+    ) -> None:
+        """`keep` lives as long as this does: what `local` is in."""
         self._remote = remote
         self._local = local
         self._guard = guard
+        self._keep = keep
 
     def commit(self, name: str, fill: Callable[[Path], None]) -> None:
-        self._local.commit(name, fill)
-        folder = self._local.open(name)
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        at = f".data-{uuid.uuid4().hex}"
-        for file in manifest["files"]:
-            self._remote.upload(folder / file, f"{name}/{at}/{file}")
-        self._guard()
-        self._remote.write(f"{name}/{MANIFEST}", json.dumps(manifest | {"at": at}, indent=1).encode())
-        self._local.remove(name)
-        self._remote.remove(*self._stale(name, self._remote.names(f"{name}/"), at))
+        before = self._remote.look(f"{name}/{MANIFEST}")
+        at = f"{_DATA}{uuid.uuid4().hex}"
+        try:
+            self._local.commit(name, fill)
+            folder = self._local.root / name
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) | {"at": at}
+            for file in manifest["files"]:
+                self._remote.upload(folder / file, f"{name}/{at}/{file}")
+            self._guard()
+            self._publish(name, json.dumps(manifest, indent=1).encode(), None if before is None else before.version)
+        finally:
+            self._local.remove(name)
+        with contextlib.suppress(SwaDistError):  # it is committed; `sweep` removes what this leaves
+            self._remote.remove(*_stale(name, self._remote.names(f"{name}/"), manifest))
 
     def open(self, name: str) -> Path:
-        if not self._local.has(name):
-            self._fetch(name)
+        manifest = self._manifest(name)
+        if manifest is None:
+            raise CheckpointError(f"{self._remote.url}/{name} must be a committed entry, but has no {MANIFEST}.")
+        with contextlib.suppress(CheckpointError):  # of a copy that was damaged on this machine
+            if read_json(self._local.root / name / MANIFEST) == manifest:
+                return self._local.open(name)
+        self._fetch(name, manifest)
         try:
             return self._local.open(name)
         except CheckpointError as error:
             self._local.remove(name)
-            raise CheckpointError(f"{self._remote.url}/{name} must be whole, but is not: {error}") from None
+            raise CheckpointError(str(error).replace(str(self._local.root), self._remote.url)) from None
 
     def names(self, kind: str) -> list[str]:
-        manifests = (name for name in self._remote.names(f"{kind}/") if name.endswith(f"/{MANIFEST}"))
-        return sorted(name.removesuffix(f"/{MANIFEST}") for name in manifests)
+        found = (one.split("/") for one in self._remote.names(f"{kind}/") if one.endswith(f"/{MANIFEST}"))
+        return sorted(
+            "/".join(parts[:-1])
+            for parts in found
+            if len(parts) == kind.count("/") + 3 and not parts[-2].startswith(".")
+        )
 
     def set_aside(self, name: str) -> str:
         self._local.remove(name)
-        aside = f"{name}/corrupt-{uuid.uuid4().hex[:8]}.json"
-        self._remote.rename(f"{name}/{MANIFEST}", aside)
+        kind, _, own = name.rpartition("/")
+        aside = f"{_CORRUPT}{own}-{uuid.uuid4().hex[:8]}"
+        found = self._remote.names(f"{name}/")
+        for one in found:
+            self._remote.copy(one, f"{kind}/{aside}{one.removeprefix(name)}")
+        self._remote.remove(f"{name}/{MANIFEST}")
+        self._remote.remove(*found)
         return aside
 
     def has(self, name: str) -> bool:
@@ -221,35 +270,38 @@ class S3Store:
     def sweep(self, kind: str) -> None:
         self._remote.abort_uploads(f"{kind}/")
         by_entry: dict[str, list[str]] = {}
-        for object_name in self._remote.names(f"{kind}/"):
-            by_entry.setdefault("/".join(object_name.split("/")[:2]), []).append(object_name)
+        for one in self._remote.names(f"{kind}/"):
+            own = one.removeprefix(f"{kind}/").split("/")[0]
+            if not own.startswith(_CORRUPT):
+                by_entry.setdefault(f"{kind}/{own}", []).append(one)
         for name, objects in by_entry.items():
-            if any("/corrupt-" in one for one in objects):
-                continue  # set aside, to be looked at
             with contextlib.suppress(CheckpointError):  # of a damaged manifest, which `newest` names
-                self._remote.remove(*self._stale(name, objects, self._manifest(name).get("at", "")))
+                self._remote.remove(*_stale(name, objects, self._manifest(name)))
 
-    def _manifest(self, name: str) -> dict[str, Any]:
+    def _publish(self, name: str, manifest: bytes, version: str | None) -> None:
+        """Write the manifest, unless another has: one that took the run over while this request was under way."""
+        written = self._remote.swap(f"{name}/{MANIFEST}", manifest, version)
+        # A write whose answer was lost is made again, and then refused for what it did itself.
+        if written is None and self._remote.read(f"{name}/{MANIFEST}") != manifest:
+            raise BusyError(
+                f"{self._remote.url}/{name} must be written by one process at a time, but another has written it"
+                " meanwhile. Nothing was written; let that one go on."
+            )
+
+    def _manifest(self, name: str) -> dict[str, Any] | None:
         content = self._remote.read(f"{name}/{MANIFEST}")
         if content is None:
-            return {}
+            return None
         try:
             manifest = json.loads(content)
         except ValueError:
             manifest = None
         files = manifest.get("files") if isinstance(manifest, dict) else None
-        if not isinstance(files, dict) or any(Path(file).name != file for file in files):
+        if not isinstance(files, dict) or not all(_is_file_name(file) for file in files):
             raise CheckpointError(f"{self._remote.url}/{name}/{MANIFEST} must list files, but does not: it is damaged.")
         return dict(manifest)
 
-    def _stale(self, name: str, objects: list[str], at: str) -> list[str]:
-        """Data of an entry that its manifest doesn't name."""
-        return [one for one in objects if one.startswith(f"{name}/.data-") and not one.startswith(f"{name}/{at}/")]
-
-    def _fetch(self, name: str) -> None:
-        manifest = self._manifest(name)
-        if not manifest:
-            raise CheckpointError(f"{self._remote.url}/{name} must be a committed entry, but has no {MANIFEST}.")
+    def _fetch(self, name: str, manifest: dict[str, Any]) -> None:
         there = set(self._remote.names(f"{name}/"))
         with new_folder(self._local.root / name) as folder:
             for file in manifest["files"]:
@@ -258,6 +310,34 @@ class S3Store:
                     raise CheckpointError(f"{self._remote.url}/{source} must be there, but is not.")
                 self._remote.download(source, folder / file)
             write_atomic(folder / MANIFEST, json.dumps(manifest))
+
+
+def _stale(name: str, objects: list[str], manifest: dict[str, Any] | None) -> list[str]:
+    """Data of an entry that its manifest, if there is one, doesn't name. None where what it names isn't all there: the
+    entry is damaged, and what it meant isn't known."""
+    data = [one for one in objects if one.startswith(f"{name}/{_DATA}")]
+    if manifest is None:
+        return data
+    own = f"{name}/{manifest.get('at')}/"
+    if not {f"{own}{file}" for file in manifest["files"]} <= set(objects):
+        return []
+    return [one for one in data if not one.startswith(own)]
+
+
+def _is_file_name(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def _is_refusal(error: BaseException) -> bool:
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status in (401, 403) or _code(error) in _REFUSED
+    return isinstance(error, NoCredentialsError | PartialCredentialsError)
+
+
+def _without_secrets(text: str) -> str:
+    """Addresses can hold a user's name and password: those of endpoints and proxies, or what was taken for a bucket."""
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def _code(error: ClientError) -> str:

@@ -120,6 +120,7 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
     return found
 
 
+@pytest.mark.timeout(600)
 def test_a_run_is_submitted_once_attached_to_stopped_resumed_and_finished_once(head: Head) -> None:
     following = [head.submit() for _ in range(2)]  # at once
     wait_for(lambda: list(head.folder.glob("runs/swa-*/checkpoints/0*")), 120)
