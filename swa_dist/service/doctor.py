@@ -20,8 +20,9 @@ from rich.console import Console
 from swa_dist import config
 from swa_dist.config import Recipe
 from swa_dist.errors import ExitCode, SwaDistError
-from swa_dist.service import doctor_services, identity
-from swa_dist.service.doctor_services import LEAST_FREE, Finding
+from swa_dist.service import doctor_services, doctor_storage, identity
+from swa_dist.service.doctor_services import Finding
+from swa_dist.service.doctor_storage import LEAST_FREE
 
 _CHECK_SECONDS = 90.0
 _DALI_SECONDS = 75  # less than a check has: its process is then ended, and not left behind
@@ -89,7 +90,7 @@ def examine(recipe: Recipe | None, address: str | None, ca_file: Path | None) ->
             ("starting weights", lambda: doctor_services.starting_weights(_placed(recipe)), "Look at `model.weights`."),
             (
                 "output folder",
-                lambda: doctor_services.output_folder(_placed(recipe).output.dir),
+                lambda: doctor_storage.output_folder(_placed(recipe).output.dir),
                 "Look at `output.dir`; on S3 at AWS_ENDPOINT_URL, the region and the credentials.",
             ),
         ]

@@ -1,25 +1,24 @@
-"""What a run depends on elsewhere, looked at piece by piece: the Ray cluster, MLflow, the images, the storage."""
+"""What a run depends on elsewhere, looked at piece by piece: the Ray cluster, MLflow, the images, the weights."""
 
+import configparser
+import functools
 import importlib.metadata
 import json
 import os
-import shutil
+import re
+import tempfile
 import time
-import uuid
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import requests
 
 from swa_dist.config import Recipe
+from swa_dist.data import index
 from swa_dist.service import identity
-from swa_dist.storage import folder
-from swa_dist.storage.lease import register
-
-LEAST_FREE = 10 * 2**30
 
 _TIMEOUT_SECONDS = 10
 _MOST_SKEW_SECONDS = 60.0
@@ -41,137 +40,157 @@ class Finding:
 def ray_cluster(address: str | None, ca_file: Path | None) -> Finding:
     if address is None:
         return Finding("", "skipped", "no --address: runs on a Ray of its own")
-    url = f"{address.rstrip('/')}/api/version"
-    verify: bool | str = True if ca_file is None else str(ca_file)
     headers = json.loads(os.environ.get("RAY_JOB_HEADERS", "{}"))
-    token = _token()
+    token = _ray_token() if "authorization" not in map(str.lower, headers) else ""
+    ask = functools.partial(
+        requests.get,
+        f"{address.rstrip('/')}/api/version",
+        verify=True if ca_file is None else str(ca_file),
+        timeout=_TIMEOUT_SECONDS,
+    )
     try:
-        bare = requests.get(url, headers=headers, verify=verify, timeout=_TIMEOUT_SECONDS)
-        given = {"Authorization": f"Bearer {token}"} if token else {}
-        answer = requests.get(url, headers=headers | given, verify=verify, timeout=_TIMEOUT_SECONDS)
+        stranger = ask(allow_redirects=False)
+        answer = ask(headers=headers | ({"Authorization": f"Bearer {token}"} if token else {}))
     except requests.RequestException as error:
-        remedy = "Look at the address, at --ca-file, and whether the head runs with ray[default]."
+        remedy = "Look at the address, http://HEAD:8265, at --ca-file, and whether the head runs with ray[default]."
         return Finding("", "broken", f"{address} doesn't answer: {error}", remedy)
     if answer.status_code in (401, 403):
         remedy = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's."
         return Finding("", "broken", f"{address} refuses {'this' if token else 'a missing'} token", remedy)
-    theirs, mine = str(answer.json()["ray_version"]), importlib.metadata.version("ray")
+    theirs, mine = _ray_version(answer), importlib.metadata.version("ray")
+    if theirs is None:
+        remedy = "Give --address the jobs server's address, http://HEAD:8265; if it is, look at the head's log."
+        return Finding("", "broken", f"{address} answers {answer.status_code}, and not as Ray's jobs server", remedy)
     if theirs != mine:
         remedy = "Drivers and clusters of different versions of Ray don't talk: install one on both."
         return Finding("", "broken", f"{address} has Ray {theirs}, this machine {mine}", remedy)
-    if late := _skew(answer):
-        return late
-    if bare.ok:
+    if _ray_version(stranger) is not None:
         remedy = "Anyone who reaches it can run code: start the head with RAY_AUTH_MODE=token."
-        return Finding("", "warning", f"{address} has Ray {theirs}, and asks for no token", remedy)
-    return Finding("", "ok", f"{address} has Ray {theirs}, and takes this token")
+        return timed(answer, Finding("", "warning", f"{address} has Ray {theirs}, and asks for no token", remedy))
+    return timed(answer, Finding("", "ok", f"{address} has Ray {theirs}, and takes this token"))
 
 
-def _token() -> str:
+def _ray_version(answer: requests.Response) -> str | None:
+    facts = _json(answer)
+    return str(facts["ray_version"]) if answer.ok and "ray_version" in facts else None
+
+
+def _ray_token() -> str:
+    """The token that Ray's client sends, "" where it sends none."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return ""
     if os.environ.get("RAY_AUTH_TOKEN"):
-        return os.environ["RAY_AUTH_TOKEN"]
+        return os.environ["RAY_AUTH_TOKEN"].strip()
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return path.read_text(encoding="ascii").strip() if path.is_file() else ""
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def mlflow_server(recipe: Recipe | None) -> Finding:
     uri = recipe.tracking.uri if recipe is not None else "auto"
     if uri == "auto":
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
-    if not uri.startswith("http"):
+    if re.search(r"://[^/@\s]*:[^/@\s]*@", uri):
+        remedy = "Take it out: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and an address without it."
+        return Finding("", "broken", f"{uri} holds a password, and a recipe's run refuses that", remedy)
+    if uri.startswith("sqlite:///"):
         place = Path(uri.removeprefix("sqlite:///")).parent
-        if uri.startswith("sqlite:///") and not os.access(place, os.W_OK):
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                return Finding("", "ok", f"{uri}, no server")
+        except OSError:
             return Finding("", "broken", f"{uri} can't be written", f"Make {place} a folder that can be written.")
-        return Finding("", "ok", f"{uri}, no server")
-    headers, login = {}, None
-    if os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        headers["Authorization"] = f"Bearer {os.environ['MLFLOW_TRACKING_TOKEN']}"
-    elif os.environ.get("MLFLOW_TRACKING_USERNAME"):
-        login = (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
+    if not uri.startswith(("http://", "https://")):
+        return Finding("", "skipped", f"{uri}: only servers and SQLite files are tried")
     try:
-        answer = requests.get(
-            f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search",
-            params={"max_results": 1},
-            headers=headers,
-            auth=login,
-            verify=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True,
-            timeout=_TIMEOUT_SECONDS,
-        )
+        answer = _ask_mlflow(uri, "/api/2.0/mlflow/experiments/search", {"max_results": "1"})
+        if answer.ok and answer.headers.get("Content-Type", "").startswith("application/json"):
+            return timed(answer, Finding("", "ok", f"{uri} answers"))
+        remedy = _mlflow_remedy(uri, answer)
     except requests.RequestException as error:
-        remedy = "Runs go on without it; `swa-dist replay` sends what waited."
+        remedy = "Start it, or look at the address; runs go on without it, and `swa-dist replay` sends what waited."
         return Finding("", "broken", f"{uri} doesn't answer: {error}", remedy)
-    remedies = {
-        401: "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.",
-        403: "The server takes only hosts that it knows, or this user may not: start it with --allowed-hosts"
-        " HOST:PORT, or grant the rights.",
-    }
-    if not answer.ok:
-        remedy = remedies.get(answer.status_code, "Look at the server's log.")
-        return Finding("", "broken", f"{uri} answers {answer.status_code} {answer.reason}", remedy)
-    return _skew(answer) or Finding("", "ok", f"{uri} answers")
+    return Finding("", "broken", f"{uri} answers {answer.status_code} {answer.reason}, and not as it must", remedy)
 
 
-def _skew(answer: requests.Response) -> Finding | None:
-    """A warning where this machine's clock is far from the server's."""
-    if "Date" not in answer.headers:
-        return None
-    seconds = time.time() - parsedate_to_datetime(answer.headers["Date"]).timestamp()
+def _mlflow_remedy(uri: str, answer: requests.Response) -> str:
+    """What to do about an answer that is none of MLflow's."""
+    if answer.ok:
+        return "It may be a login page or another service: look at the address."
+    if answer.status_code == 401:
+        return "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+    if answer.status_code == 403 and "Invalid Host header" in answer.text:
+        return f"It guards its host name: start it with --allowed-hosts {urlsplit(uri).netloc}."
+    if answer.status_code == 403:
+        return "Grant this user the right to read and write experiments."
+    if answer.status_code >= 500 and _ask_mlflow(uri, "/health", {}).ok:
+        return "Its /health is fine: look at its database, and at its log."
+    return "Look at the address, and at the server's log."
+
+
+def _ask_mlflow(uri: str, path: str, params: dict[str, str]) -> requests.Response:
+    """As MLflow's client does: a user with a password comes before a token, a variable before ~/.mlflow/credentials."""
+    kept = configparser.ConfigParser(interpolation=None)
+    kept.read(Path.home() / ".mlflow" / "credentials")
+    user, password = (
+        str(os.environ.get(name) or kept.get("mlflow", name.lower(), fallback=""))
+        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    )
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    unchecked = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
+    return requests.get(
+        uri.rstrip("/") + path,
+        params=params,
+        headers={"Authorization": f"Bearer {token}"} if token else {},
+        auth=(user, password) if user and password else None,  # wins
+        verify=not unchecked and (os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True),
+        timeout=_TIMEOUT_SECONDS,
+    )
+
+
+def _json(answer: requests.Response) -> dict[str, object]:
+    try:
+        found = answer.json()
+    except requests.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def timed(answer: requests.Response, finding: Finding) -> Finding:
+    """The finding, as a warning where this machine's clock is far from the answering server's."""
+    try:
+        seconds = time.time() - parsedate_to_datetime(answer.headers["Date"]).timestamp()
+    except (KeyError, ValueError, TypeError):
+        return finding
     if abs(seconds) < _MOST_SKEW_SECONDS:
-        return None
+        return finding
+    found = f"{finding.found}; this machine's clock is {seconds:+.0f} s off its own"
     remedy = "Set the clock by NTP: S3 refuses requests that are 15 minutes off, and logs don't fit together."
-    return Finding("", "warning", f"this machine's clock is {seconds:+.0f} s off that of {answer.url}", remedy)
+    state: State = "broken" if finding.state == "broken" else "warning"
+    return Finding("", state, found, f"{finding.remedy} {remedy}".strip())
 
 
 def images(recipe: Recipe) -> Finding:
     if recipe.data.index != identity.SCAN:
         train, val = identity.named(recipe)
-        return Finding("", "ok", f"{len(train):,} and {len(val):,} in the indices in {recipe.data.index}")
+        index.check_pair(train, val, recipe.model.num_classes)
+        found = f"{len(train):,} and {len(val):,} in the indices in {recipe.data.index}"
+        return Finding("", "ok", f"{found}, digest {index.data_digest(train, val)[:12]}")
     missing = [root for root in (recipe.data.train, recipe.data.val) if not Path(root).is_dir()]
     if missing:
         return Finding("", "broken", f"{' and '.join(missing)} not there", "Set `data.train` and `data.val`.")
-    remedy = "To submit from elsewhere: swa-dist data index --recipe RECIPE --set data.index=FOLDER."
-    return Finding("", "ok", f"{recipe.data.train} and {recipe.data.val}, read at each start", remedy)
+    return Finding("", "ok", f"{recipe.data.train} and {recipe.data.val}, read at each start; no index to submit with")
 
 
 def starting_weights(recipe: Recipe) -> Finding:
     weights = recipe.model.weights
     if not identity.elsewhere(weights) and not Path(weights).is_file():
         return Finding("", "broken", f"{weights} is not there", "Set `model.weights`.")
-    if recipe.model.weights_sha256 == "auto":
-        remedy = "`model.weights_sha256` would pin them, and spare a submitter the download."
-        return Finding("", "ok", weights, remedy)
-    return Finding("", "ok", f"{weights}, pinned")
+    if re.fullmatch("[A-Z0-9_]+", weights):
+        from torchvision.models import get_model_weights  # seconds, which only such names cost
 
-
-def output_folder(url: str) -> Finding:
-    folder.check_writable(url)
-    held = folder.join(url, f".doctor-{uuid.uuid4().hex}")
-    for problem in _conditional_writes(held):
-        remedy = "Old S3-compatible servers: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required, or update the server."
-        return Finding("", "broken", f"{url}: {problem}", remedy)
-    found = f"{url} can be written, on condition too"
-    if not folder.is_s3(url):
-        free = shutil.disk_usage(url).free
-        found += f"; {free / 2**30:.0f} GiB free"
-        if free < LEAST_FREE:
-            return Finding("", "warning", found, "A ResNet-152 run keeps some 3 GB: make room.")
-    return Finding("", "ok", found)
-
-
-def _conditional_writes(url: str) -> Iterator[str]:
-    """What is wrong with the storage's writes on condition, which keep two runs from one folder."""
-    lock = register(url)
-    try:
-        first = lock.swap(b"1", None)
-        if first is None:
-            yield "a first write on condition is refused"
-        elif lock.swap(b"2", None) is not None:
-            yield "a write that must only create does overwrite"
-        elif lock.swap(b"2", "another") is not None:
-            yield "a write on condition of another version is done"
-        elif (seen := lock.look()) is None or seen.content != b"1":
-            yield "what was written is not what is read"
-    finally:
-        folder.remove(url)
-        if not folder.is_s3(url):
-            folder.remove(f"{url}.lock")
+        known = get_model_weights(recipe.model.arch).__members__
+        if weights not in known:
+            remedy = f"Set `model.weights` to one of {', '.join(known)}."
+            return Finding("", "broken", f"{weights} is no name of weights of {recipe.model.arch}", remedy)
+    pinned = recipe.model.weights_sha256 != "auto"
+    return Finding("", "ok", f"{weights}, {'pinned' if pinned else 'not pinned by `model.weights_sha256`'}")

@@ -1,5 +1,8 @@
 """What a run depends on is looked at for real, each fault is named with what to do, and no secret is told."""
 
+import base64
+import contextlib
+import fcntl
 import http.server
 import json
 import os
@@ -14,10 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from swa_dist import cli, config
-from swa_dist.service import doctor
+from swa_dist.data import index
+from swa_dist.service import doctor, doctor_storage
+from swa_dist.storage.s3 import Prefix
 from tests.support import JOBS, free_port, wait_for_port
 
 CANARIES = {
@@ -77,19 +83,28 @@ def run(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def answering():
-    """Start a server that answers each request by a function of its headers: (status, headers, JSON)."""
+    """Start a server that answers each request by a function of its headers: (status, headers, JSON or text)."""
     servers = []
 
     def start(answer):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                status, headers, body = answer(self.headers)
-                content = json.dumps(body).encode()
+                status, headers, body = answer(dict(self.headers) | {"path": self.path})
+                text = isinstance(body, str)
+                content = (body if text else json.dumps(body)).encode()
+                headers = {
+                    "Content-Length": str(len(content)),
+                    "Content-Type": "text/html" if text else "application/json",
+                    "Date": self.date_time_string(),
+                } | headers
                 self.send_response_only(status)
-                for name, value in {"Content-Length": str(len(content)), "Date": self.date_time_string()}.items():
-                    self.send_header(name, headers.get(name, value))
-                self.end_headers()
-                self.wfile.write(content)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                with contextlib.suppress(ConnectionError):  # of one who didn't wait for a slow answer
+                    self.end_headers()
+                    self.wfile.write(content)
+
+            do_HEAD = do_GET  # noqa: N815
 
             def log_message(self, *ignored):
                 pass
@@ -113,7 +128,7 @@ def test_this_machine_is_fine(find, tmp_path):
     assert find("Ray cluster").state == "skipped"
     for check in ("images", "output folder", "MLflow"):
         assert find(check, recipe_of(tmp_path)).state == "ok"
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_dali_decodes_here_in_a_process_of_its_own(find):
@@ -239,13 +254,55 @@ VERSION = __import__("ray").__version__
     ],
 )
 def test_a_ray_cluster_is_told_apart(find, answering, monkeypatch, accepts, version, state, says):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", CANARIES["RAY_AUTH_TOKEN"])
     address = answering(
-        lambda headers: (200 if headers["Authorization"] in accepts else 401, {}, {"ray_version": version})
+        lambda headers: (200 if headers.get("Authorization") in accepts else 401, {}, {"ray_version": version})
     )
     finding = find("Ray cluster", address=address)
     assert (finding.state, says in finding.found) == (state, True), finding
     assert (state == "ok") == (finding.remedy == "")
+
+
+def cluster_that_wants(token):
+    return lambda headers: (200 if headers.get("Authorization") == token else 401, {}, {"ray_version": VERSION})
+
+
+def test_a_token_counts_as_rays_client_sends_it(find, answering, monkeypatch, tmp_path):
+    address = answering(cluster_that_wants("Bearer canary"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "canary\n")
+    finding = find("Ray cluster", address=address)
+    assert (finding.state, "RAY_AUTH_MODE=token" in finding.remedy) == ("broken", True), finding
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert find("Ray cluster", address=address).state == "ok"
+    monkeypatch.setenv("RAY_JOB_HEADERS", '{"Authorization": "Bearer other"}')
+    assert find("Ray cluster", address=address).state == "broken"
+    monkeypatch.delenv("RAY_JOB_HEADERS")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    (tmp_path / "token").write_text("canary\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert find("Ray cluster", address=address).state == "ok"
+
+
+def test_headers_that_open_a_proxy_are_not_an_open_dashboard(find, answering, monkeypatch):
+    address = answering(cluster_that_wants("Bearer of-the-proxy"))
+    monkeypatch.setenv("RAY_JOB_HEADERS", '{"Authorization": "Bearer of-the-proxy"}')
+    assert find("Ray cluster", address=address).state == "ok"
+
+
+@pytest.mark.parametrize(("status", "body"), [(500, {}), (200, "<html>"), (200, {"version": "1"}), (200, [1])])
+def test_what_is_no_jobs_server_is_broken(find, answering, status, body):
+    finding = find("Ray cluster", address=answering(lambda headers: (status, {}, body)))
+    assert (finding.state, f"answers {status}" in finding.found) == ("broken", True), finding
+    assert "8265" in finding.remedy
+
+
+def test_an_open_cluster_whose_clock_is_off_is_told_both(find, answering):
+    date = {"Date": "Tue, 24 Nov 2020 08:00:00 GMT"}
+    finding = find("Ray cluster", address=answering(lambda headers: (200, date, {"ray_version": VERSION})))
+    assert finding.state == "warning"
+    assert "asks for no token; this machine's clock is +" in finding.found
+    assert "NTP" in finding.remedy
 
 
 def test_a_cluster_that_is_not_there_is_broken_in_seconds(find):
@@ -256,15 +313,64 @@ def test_a_cluster_that_is_not_there_is_broken_in_seconds(find):
     assert time.monotonic() - began < 30
 
 
+GUARD = "Invalid Host header - possible DNS rebinding attack detected"
+
+
 @pytest.mark.parametrize(
-    ("status", "remedy"), [(401, "MLFLOW_TRACKING_USERNAME"), (403, "--allowed-hosts"), (500, "server's log")]
+    ("status", "body", "health", "remedy"),
+    [
+        (401, {}, 200, "MLFLOW_TRACKING_USERNAME"),
+        (403, GUARD, 200, "--allowed-hosts 127.0.0.1:"),
+        (403, "Permission denied", 200, "Grant"),
+        (404, "Not found", 200, "address"),
+        (500, {}, 200, "database"),
+        (502, {}, 502, "server's log"),
+        (200, "<html>Who are you?", 200, "login page"),
+    ],
 )
-def test_an_mlflow_server_that_refuses_is_told_apart(find, answering, tmp_path, status, remedy):
-    uri = answering(lambda headers: (status, {}, {}))
+def test_an_mlflow_server_that_does_not_serve_is_told_apart(find, answering, tmp_path, status, body, health, remedy):
+    uri = answering(lambda headers: (health, {}, "OK") if headers["path"] == "/health" else (status, {}, body))
     finding = find("MLflow", recipe_of(tmp_path, **{"tracking.uri": uri}))
     assert finding.state == "broken"
     assert str(status) in finding.found
     assert remedy in finding.remedy
+
+
+def test_mlflow_is_told_who_asks_as_its_client_tells_it(find, answering, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    uri = answering(lambda headers: (seen.append(headers.get("Authorization")), (200, {}, {}))[1])
+    recipe = recipe_of(tmp_path, **{"tracking.uri": uri})
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "of-mlflow")
+    find("MLflow", recipe)
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text("[mlflow]\nmlflow_tracking_username = me\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "word")
+    find("MLflow", recipe)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "you")
+    find("MLflow", recipe)
+    basic = [f"Basic {base64.b64encode(pair).decode()}" for pair in (b"me:word", b"you:word")]
+    assert seen == ["Bearer of-mlflow", *basic]
+
+
+def test_an_mlflow_that_is_down_or_slow_is_broken_in_time(find, answering, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.doctor_services, "_TIMEOUT_SECONDS", 0.5)
+    done = threading.Event()
+    slow = answering(lambda headers: (done.wait(30), (200, {}, {}))[1])
+    began = time.monotonic()
+    for uri in (f"http://127.0.0.1:{free_port()}", slow):
+        finding = find("MLflow", recipe_of(tmp_path, **{"tracking.uri": uri}))
+        assert (finding.state, "doesn't answer" in finding.found) == ("broken", True), finding
+        assert "replay" in finding.remedy
+    done.set()
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize(
+    ("uri", "state"), [("sqlite:////proc/mlflow.db", "broken"), ("postgresql://db/mlflow", "skipped")]
+)
+def test_an_mlflow_without_a_server_is_tried_as_far_as_it_can_be(find, tmp_path, uri, state):
+    assert find("MLflow", recipe_of(tmp_path, **{"tracking.uri": uri})).state == state
 
 
 def test_a_clock_that_is_off_is_a_warning(find, answering, tmp_path):
@@ -297,17 +403,60 @@ def test_a_real_mlflow_server_answers_its_own_host_and_refuses_others(find, tmp_
         )
         assert known.state == "ok", known
         assert (foreign.state, "403" in foreign.found) == ("broken", True), foreign
+        assert f"--allowed-hosts 127.0.0.1:{port}" in foreign.remedy
     finally:
         os.killpg(server.pid, 9)
         server.wait()
 
 
-def test_storage_on_s3_is_tried_on_condition_and_left_as_it_was(find, s3, tmp_path):
-    from swa_dist.storage.s3 import Prefix
+def bucket_finding(find, tmp_path, url):
+    return find("output folder", recipe_of(tmp_path, **{"output.dir": url}))
 
-    finding = find("output folder", recipe_of(tmp_path, **{"output.dir": f"{s3}/runs"}))
-    assert (finding.state, "on condition too" in finding.found) == ("ok", True), finding
+
+def test_storage_on_s3_is_tried_step_by_step_and_left_as_it_was(find, s3, tmp_path):
+    finding = bucket_finding(find, tmp_path, f"{s3}/runs")
+    assert finding.state == "ok", finding
+    assert "put, get, list, put if there is none, put on another version, put on this version, delete" in finding.found
     assert Prefix(s3).names() == []
+
+
+@pytest.mark.parametrize(
+    ("method", "does", "says", "remedy"),
+    [
+        ("swap", lambda self, name, content, version: '"1"', "put if there is none fails", "Two runs"),
+        ("names", lambda self, under="": [], "list fails", "credentials"),
+        ("read", lambda self, name: b"0", "get fails", "CHECKSUM"),
+        ("remove", lambda self, *names: None, "delete fails", "policy"),
+    ],
+)
+def test_a_step_on_s3_that_goes_wrong_is_named(find, s3, tmp_path, monkeypatch, method, does, says, remedy):
+    monkeypatch.setattr(Prefix, method, does)  # as S3-compatible servers do, and none that can be had here
+    finding = bucket_finding(find, tmp_path, f"{s3}/runs")
+    assert (finding.state, says in finding.found, remedy in finding.remedy) == ("broken", True, True), finding
+    assert "done: put" in finding.found
+    monkeypatch.undo()
+
+
+def test_a_probe_on_s3_goes_also_when_a_step_fails(find, s3, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Prefix, "read", lambda self, name: b"0")
+        assert bucket_finding(find, tmp_path, f"{s3}/runs").state == "broken"
+    assert Prefix(s3).names() == []
+
+
+def test_a_clock_that_is_off_s3s_is_a_warning(find, s3, answering, tmp_path, monkeypatch):
+    late = answering(lambda headers: (403, {"Date": "Tue, 24 Nov 2020 08:00:00 GMT"}, {}))
+    head = doctor_storage.requests.head
+    monkeypatch.setattr(doctor_storage.requests, "head", lambda url, **settings: head(late, **settings))
+    finding = bucket_finding(find, tmp_path, f"{s3}/runs")
+    assert (finding.state, "NTP" in finding.remedy, "delete; this" in finding.found) == ("warning", True, True), finding
+
+
+def test_a_disk_without_locks_is_broken(find, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: None)  # as NFS with `nolock`
+    finding = bucket_finding(find, tmp_path, str(tmp_path / "deep" / "runs"))
+    assert (finding.state, "lock fails" in finding.found, "NFS" in finding.remedy) == ("broken", True, True), finding
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bucket_that_is_not_there_and_a_disk_that_cannot_be_written_are_broken(find, s3, tmp_path):
@@ -325,6 +474,30 @@ def test_images_and_weights_that_are_not_there_are_broken(find, tmp_path):
     unread = recipe_of(tmp_path, **{"data.index": str(tmp_path / "index")})
     assert find("images", unread).state == "broken"
     assert "swa-dist data index" in find("images", unread).found
+
+
+def test_an_index_is_told_with_its_digest(find, tmp_path):
+    roots = {split: tmp_path / split for split in ("train", "val")}
+    for number, root in enumerate(roots.values()):
+        for label in range(10):
+            (root / str(label)).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (label, number, 0)).save(root / str(label) / "0.jpg")
+    found = {split: index.scan(root, split) for split, root in roots.items()}
+    for split, one in found.items():
+        index.save(one, str(tmp_path / f"{split}.parquet"))
+    fields = {f"data.{split}": str(root) for split, root in roots.items()} | {"data.index": str(tmp_path)}
+    finding = find("images", recipe_of(tmp_path, **fields))
+    assert (finding.state, "10 and 10" in finding.found) == ("ok", True), finding
+    assert index.data_digest(found["train"], found["val"])[:12] in finding.found
+    other = find("images", recipe_of(tmp_path, **fields | {"model.num_classes": 11}))
+    assert (other.state, "`model.num_classes`" in other.found) == ("broken", True)
+
+
+@pytest.mark.parametrize(("name", "state"), [("IMAGENET1K_V1", "ok"), ("IMAGENET1K_V9", "broken")])
+def test_the_name_of_weights_must_be_known(find, tmp_path, name, state):
+    finding = find("starting weights", recipe_of(tmp_path, **{"model.weights": name}))
+    assert finding.state == state
+    assert ("IMAGENET1K_V1" in finding.remedy) == (state == "broken")
 
 
 @pytest.mark.parametrize(("grace", "state"), [(None, "warning"), ("110", "broken"), ("109", "broken"), ("120", "ok")])
@@ -376,7 +549,7 @@ def test_a_password_in_mlflows_address_ends_no_check_and_is_not_told(find, monke
     recipe = recipe_of(tmp_path, **{"tracking.uri": "auto"})
     assert find("images", recipe).state == "ok"
     finding = find("MLflow", recipe)
-    assert finding.state == "broken"
+    assert (finding.state, "holds a password" in finding.found) == ("broken", True), finding
     assert "canary" not in finding.found + finding.remedy
     assert "secret" not in finding.found + finding.remedy
 
