@@ -268,7 +268,7 @@ def render(
     overrides: Overrides = None,
     overlay: Annotated[str, typer.Option(help="The overlay of k8s/.")] = "gpu",
 ) -> None:
-    """Print the Kubernetes manifests that a submission of a recipe would apply."""
+    """Print an overlay's Kubernetes manifests, its RayJob as a submission of the recipe would create it."""
     from swa_dist.service import kube
 
     print(kube.rendered(_load(recipe, overrides), overlay), end="")

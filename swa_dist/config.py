@@ -547,7 +547,7 @@ def _average_contradictions(r: Recipe) -> Iterable[str]:
 def _secrets(r: Recipe) -> Iterable[str]:
     """A recipe travels in the open: to the cluster, into MLflow, into logs."""
     for name, value in flatten(to_tree(r)).items():
-        if isinstance(value, str) and re.search(r"://[^/@\s]*:[^/@\s]*@", value):
+        if isinstance(value, str) and re.search(r"://[^/\s]*@", value):
             yield (
                 f"`{name}` must be an address without a password, but holds one. Give it where the run is, in the"
                 " environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_*)."

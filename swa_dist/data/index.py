@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from swa_dist.data.order import Ints
-from swa_dist.errors import DataError
+from swa_dist.errors import DataError, OutputError, ServiceError
 from swa_dist.storage import folder
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
@@ -127,6 +127,8 @@ def load(url: str, root: Path) -> Index:
             widths=table["width"].to_numpy(),
             digest=facts["digest"],
         )
+    except (OutputError, ServiceError) as error:
+        raise type(error)(f"{error} It is the images' index, as `swa-dist data index` writes it.") from None
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise DataError(
             f"{url} must be an index of images, but can't be read: {error}. Write it with `swa-dist data index`."

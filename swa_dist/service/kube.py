@@ -20,7 +20,7 @@ from swa_dist.service.kube_api import RayJobApi, RefusedError
 from swa_dist.service.kube_rules import Tree
 from swa_dist.service.layout import run_dir
 from swa_dist.service.progress import Display
-from swa_dist.service.submit import ENTRYPOINT, RECIPE_VARIABLE, Attempt, as_sent
+from swa_dist.service.submit import ENTRYPOINT, RECIPE_VARIABLE, Attempt, as_sent, pinned
 
 RUN_KEY = "swa-dist/run-key"
 RUN_DIR = "swa-dist/run-dir"
@@ -46,9 +46,14 @@ def render(overlay: str) -> list[Tree]:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         raise ServiceError("kubectl must be installed to render manifests, but is not on PATH. Install it.")
-    made = subprocess.run(
-        [kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=_RENDER_SECONDS, check=False
-    )
+    try:
+        made = subprocess.run(
+            [kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=_RENDER_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ServiceError(
+            f"kubectl must render {folder} in {_RENDER_SECONDS} s, but did not. Try it by hand."
+        ) from None
     if made.returncode:
         raise ConfigError(f"{folder} must be what kustomize takes, but is not: {made.stderr.strip()}")
     return [document for document in YAML(typ="safe", pure=True).load_all(made.stdout) if document]
@@ -61,7 +66,7 @@ def rendered(recipe: Recipe, overlay: str) -> str:
     """
     documents = render(overlay)
     template = template_of(documents)
-    there = identity.absolute_addresses(recipe)
+    there = pinned(identity.absolute_addresses(recipe))
     who = identity.identify(there)
     name, sent = config.attempt_name(who.run_key, 1), as_sent(there, who.weights_sha256)
     job = stamp(template, name=name, run_key=who.run_key, recipe=sent)
@@ -119,8 +124,8 @@ class Kube:
     def __init__(
         self, *, template: Tree | None = None, namespace: str | None = None, context: str | None = None
     ) -> None:
-        """By default the pod's own cluster and namespace, or the kubeconfig's. `start` needs a template."""
-        self._api = RayJobApi(namespace, context)
+        """By default the template's namespace, else the pod's own or the kubeconfig's. `start` needs a template."""
+        self._api = RayJobApi(namespace or (template or {}).get("metadata", {}).get("namespace"), context)
         self._template = template or {}
         self._here = f"--namespace {self._api.namespace}" + (f" --context {context}" if context else "")
 

@@ -3,6 +3,7 @@ and headers (RAY_JOB_HEADERS) are Ray's own settings."""
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -27,6 +28,8 @@ from swa_dist.service.progress import Display
 from swa_dist.service.submit import ENTRYPOINT, RECIPE_VARIABLE, Attempt
 
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_TIMEOUTS = (10, 60)  # to connect, and between bytes, seconds
+_PATIENCE_SECONDS = 180.0  # a head behind a proxy that is restarted
 _POLL_SECONDS = 1.0
 _RECONNECTS = 20
 _STATES = {JobStatus.SUCCEEDED: "succeeded", JobStatus.FAILED: "failed", JobStatus.STOPPED: "failed"}
@@ -36,18 +39,24 @@ class RayJobs:
     """The jobs server at `address`, http://HEAD:8265. `verify`: as of requests, a file of certificates to trust."""
 
     def __init__(self, address: str | None, verify: bool | str = True) -> None:
-        self._address = address or next((os.environ[n] for n in _ADDRESS_VARIABLES if os.environ.get(n)), None)
-        if self._address is None:
+        self._address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ""
+        if not self._address.startswith(("http://", "https://")):
             raise ConfigError(
-                "`--address` must be that of a Ray cluster's jobs server, like http://HEAD:8265, but is not given, and"
-                " RAY_API_SERVER_ADDRESS isn't set either."
+                "`--address` must be that of a Ray cluster's jobs server, like http://HEAD:8265, but is"
+                f" {self._address or 'not given, and RAY_API_SERVER_ADDRESS is not set either'}."
             )
         if isinstance(verify, str) and not Path(verify).exists():
             raise ConfigError(f"`--ca-file` must be a file of certificates, but {verify} does not exist.")
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
-        headers = json.loads(os.environ.get("RAY_JOB_HEADERS", "{}"))
+        try:
+            headers = json.loads(os.environ.get("RAY_JOB_HEADERS", "{}"))
+        except ValueError:
+            raise ConfigError("`RAY_JOB_HEADERS` must be JSON, but is not. Unset or mend it.") from None
         with self._answering(), _without(_ADDRESS_VARIABLES):  # which would win over the address that was given
             self._client = JobSubmissionClient(self._address, headers=headers, verify=verify)
+        # The client itself would wait for good for a head that is cut off.
+        self._client._do_request = functools.partial(self._client._do_request, timeout=_TIMEOUTS)
+        self._trust = f" --ca-file {verify}" if isinstance(verify, str) else ""
 
     def attempts(self, run_key: str) -> list[Attempt]:
         return [attempt for attempt in self._all_attempts() if attempt.name.startswith(f"swa-{run_key[:12]}-a")]
@@ -59,12 +68,15 @@ class RayJobs:
         return sorted(found, key=lambda attempt: (attempt.name.rpartition("-a")[0], attempt.number))
 
     def start(self, name: str, run_key: str, recipe: Recipe) -> bool:
+        text = config.to_yaml(recipe)
+        if "$" in text:  # Ray would put variables in, secrets among them
+            raise ConfigError("a recipe that is submitted must have no $ in it, but has. Rename what it names.")
         with self._answering():
             try:
                 self._client.submit_job(
                     entrypoint=ENTRYPOINT,
                     submission_id=name,
-                    runtime_env={"env_vars": {RECIPE_VARIABLE: config.to_yaml(recipe)}},
+                    runtime_env={"env_vars": {RECIPE_VARIABLE: text}},
                     metadata={
                         "recipe": recipe.name,
                         "run_key": run_key,
@@ -82,7 +94,7 @@ class RayJobs:
         self.details(name)
         asyncio.run(self._tail(name, display))
         while True:
-            details = self.details(name)
+            details = self._patient_details(name)
             if details.status in _STATES:
                 return self._exit_code(details, display)
             time.sleep(_POLL_SECONDS)
@@ -99,12 +111,23 @@ class RayJobs:
             try:
                 return self._client.get_job_info(name)
             except RuntimeError as error:
-                if "does not exist" in str(error) or "404" in str(error):
+                if "status code 404" in str(error):
                     raise ConfigError(
                         f"`RUN` must be a job of the cluster at {self._address}, but {name} is none. See"
                         f" `swa-dist status --address {self._address}`."
                     ) from None
                 raise
+
+    def _patient_details(self, name: str) -> JobDetails:
+        """As `details`, from a head that may be away for a moment."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return self.details(name)
+            except ServiceError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_SECONDS)
 
     def describe(self, name: str | None) -> list[dict[str, Any]]:
         """A run, or all that the cluster knows of, as a person or a program asks for them."""
@@ -131,11 +154,15 @@ class RayJobs:
             with self._answering():
                 self._client.stop_job(name)
             self._await_end(name, timeout_seconds=60)
+            raise ServiceError(f"{name} must stop by itself, but had to be ended. Its last checkpoint is kept.")
         lines = [line for line in self.logs(name).splitlines() if line.startswith("swa-dist: ")]
         display.say(f"{name} has ended{': ' + lines[-1].removeprefix('swa-dist: ') if lines else ''}")
 
     def come_back(self, name: str) -> list[str]:
-        return [f"swa-dist {verb} {name} --address {self._address}" for verb in ("logs --follow", "status", "stop")]
+        return [
+            f"swa-dist {verb} {name} --address {self._address}{self._trust}"
+            for verb in ("logs --follow", "status", "stop")
+        ]
 
     def _leave_request(self, name: str, folder: str) -> None:
         helper = f"{name}-stop-{uuid.uuid4().hex[:8]}"
@@ -146,7 +173,7 @@ class RayJobs:
 
     def _await_end(self, name: str, timeout_seconds: float) -> bool:
         deadline = time.monotonic() + timeout_seconds
-        while self.details(name).status not in _STATES:
+        while self._patient_details(name).status not in _STATES:
             if time.monotonic() > deadline:
                 return False
             time.sleep(_POLL_SECONDS)
@@ -168,7 +195,7 @@ class RayJobs:
                     display.say(line)
                 return
             except (RuntimeError, aiohttp.ClientError, OSError) as error:
-                if self.details(name).status in _STATES or attempt == _RECONNECTS - 1:
+                if self._patient_details(name).status in _STATES or attempt == _RECONNECTS - 1:
                     display.say(f"warning: the log of {name} broke off: {error}")
                     return
                 await asyncio.sleep(_POLL_SECONDS)

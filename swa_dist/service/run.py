@@ -183,6 +183,7 @@ def note_failure(job: Job, error: BaseException) -> None:
     """Tell MLflow, if it answers, that this attempt ended without a result. Never gets in the way of `error`."""
     status = "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED"
     with contextlib.suppress(SwaDistError, OSError):
+        job.check_lease()  # the record of a run that another has taken over is the other's
         folder = job.open()
         registry.spool_of(folder).append({"kind": "status", "status": status, "time_ms": time.time_ns() // 1_000_000})
         registry.send(folder)
@@ -354,7 +355,7 @@ class _Requested:
         now = time.monotonic()
         if not self._found and now >= self._next:
             self._next = now + _LOOK_EVERY_SECONDS
-            with contextlib.suppress(ServiceError):  # storage that is away for a moment is no reason to stop
+            with contextlib.suppress(SwaDistError, OSError):  # storage that is away for a moment is no reason to stop
                 self._found = self._folder.has(STOP_REQUEST)
         return self._found
 

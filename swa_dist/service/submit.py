@@ -51,7 +51,7 @@ class Place(Protocol):
 
 def submit(recipe: Recipe, place: Place, display: Display, *, wait: bool) -> int:
     """Have the recipe run at a place, once. Returns the exit code: of the run if `wait`, else of the submission."""
-    there = identity.absolute_addresses(recipe)
+    there = pinned(identity.absolute_addresses(recipe))
     who = identity.identify(there)
     key = who.run_key
     known, stored_attempt = _stored(run_dir(there.output.dir, key))
@@ -88,11 +88,16 @@ def submit(recipe: Recipe, place: Place, display: Display, *, wait: bool) -> int
 def as_sent(recipe: Recipe, weights_sha256: str) -> Recipe:
     """The recipe as the cluster gets it: to run on that cluster, from exactly these weights."""
     fields = {"cluster.address": "auto", "cluster.launcher": "ray", "model.weights_sha256": weights_sha256}
-    if recipe.model.weights.startswith("models:/"):
-        from swa_dist.service import registry
-
-        fields["model.weights"] = registry.pinned(recipe.tracking.uri, recipe.model.weights)
     return config.replace(recipe, **fields)
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """The recipe with models:/NAME@champion as the version that it is now: it may be another in a moment."""
+    if not recipe.model.weights.startswith("models:/"):
+        return recipe
+    from swa_dist.service import registry
+
+    return config.replace(recipe, **{"model.weights": registry.pinned(recipe.tracking.uri, recipe.model.weights)})
 
 
 def _stored(url: str) -> tuple[dict[str, Any] | None, int | None]:
@@ -101,7 +106,7 @@ def _stored(url: str) -> tuple[dict[str, Any] | None, int | None]:
         folder = open_folder(url)
         attempt = folder.read_json(ATTEMPT)
         return folder.read_json(SUMMARY), None if attempt is None else int(attempt["attempt"])
-    except (OutputError, ServiceError):  # the submitter need not see what the cluster does
+    except (OutputError, ServiceError, OSError):  # the submitter need not see what the cluster does
         return None, None
 
 

@@ -138,7 +138,7 @@ class SpoolTracker:
         if new:
             try:
                 self._spool.append(*({"kind": "row", **row} for row in new))
-            except ServiceError as error:
+            except (SwaDistError, OSError) as error:
                 self.warn(f"{error} The metrics are kept on this machine and in the checkpoint; the run goes on.")
             self._rows_spooled = len(rows)
             self._wake.set()

@@ -1,5 +1,6 @@
 """A run's folder, on disk or on S3, and single files at any address."""
 
+import os
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def is_s3(url: str) -> bool:
 
 def absolute(url: str) -> str:
     """A path made absolute, since workers run elsewhere; an address as it is."""
-    return url.rstrip("/") if is_s3(url) else str(Path(url).expanduser().resolve())
+    return url.rstrip("/") if is_s3(url) else os.path.abspath(Path(url).expanduser())
 
 
 def join(url: str, name: str) -> str:

@@ -24,6 +24,7 @@ from tests.support import certificate
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = kube.load_template(ROOT / "k8s" / "overlays" / "cron" / "rayjob.yaml")
+NAMESPACE = TEMPLATE["metadata"].pop("namespace")  # which would win over the kubeconfig's
 KEY = "0123456789ab" + "c" * 52
 NAME = "swa-0123456789ab-a1"
 CUT, HANG = "cut", "hang"
@@ -219,6 +220,13 @@ def test_a_run_is_created_where_the_kubeconfig_says_with_its_token(api, place, r
     assert token == "Bearer opensesame"
     assert body["metadata"]["namespace"] == "research"
     assert body == kube.stamp(TEMPLATE, name=NAME, run_key=KEY, recipe=recipe) | {"metadata": body["metadata"]}
+
+
+def test_a_run_goes_where_its_template_says(api, recipe):
+    template = TEMPLATE | {"metadata": TEMPLATE["metadata"] | {"namespace": NAMESPACE}}
+    assert Kube(template=template).start(NAME, KEY, recipe)
+    assert NAMESPACE == "swa-dist"
+    assert [path.split("/")[5] for _, path, _, _ in api.seen] == [NAMESPACE]
 
 
 def test_namespace_and_context_can_be_chosen(api, recipe):
