@@ -122,6 +122,8 @@ def download(uri: str, model: str, cache: Path) -> Path:
     source = hashlib.sha256(f"{uri} {version.name} {version.version} {version.run_id}".encode()).hexdigest()[:12]
     path = cache / f"{version.name}-v{version.version}-{source}.safetensors"
     if not path.is_file():
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
         with tempfile.TemporaryDirectory() as scratch, _answering(uri):
             address = f"models:/{version.name}/{version.version}"
             found = mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=scratch, tracking_uri=uri)

@@ -292,7 +292,7 @@ def test_one_whose_heart_beats_keeps_it_however_long_it_is_waited_for_and_whatev
     holder = processes(host="elsewhere", clock=3600.0)
     others = [processes(clock=clock) for clock in (0.0, 7200.0, -7200.0)]
     assert holder.do("hold") == "held 1"
-    end = time.monotonic() + 2 * TTL
+    end = time.monotonic() + 1.5 * TTL
     while time.monotonic() < end:
         for other in others:
             other.tell("hold")
@@ -372,7 +372,7 @@ from swa_dist.storage import lease
 
 url, journal, only = sys.argv[1:]
 register, times = lease.register(url), 0
-while times < 4:
+while times < 3:
     try:
         with lease.hold(register, "x", lambda line: None, ttl_seconds=60) as held:
             os.close(os.open(only, os.O_CREAT | os.O_EXCL))
@@ -392,7 +392,7 @@ def test_of_many_that_come_and_go_no_two_have_it_at_once_and_no_generation_is_ha
     processes = [subprocess.Popen(arguments) for _ in range(8)]
     assert [process.wait(timeout=120) for process in processes] == [0] * 8
     generations = [int(line) for line in journal.read_text().split()]
-    assert generations == list(range(1, 33))
+    assert generations == list(range(1, 25))
 
 
 # Kills
@@ -431,7 +431,7 @@ def test_a_kill_at_any_moment_leaves_a_lease_that_is_had_at_once(url, request):
         if url.startswith("s3:"):
             proxy = stack.enter_context(Proxy(request.getfixturevalue("s3_server")))
             environment["AWS_ENDPOINT_URL"] = proxy.url
-        arguments = [sys.executable, "-c", VICTIM, "0.25" if url.startswith("s3:") else "0.12"]  # for a few beats
+        arguments = [sys.executable, "-c", VICTIM, "0.15" if url.startswith("s3:") else "0.12"]  # for a few beats
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         victims = stack.enter_context(subprocess.Popen(arguments, env=environment, **pipes))
         register, last, killed = lease.register(url), 0, 0
@@ -447,7 +447,7 @@ def test_a_kill_at_any_moment_leaves_a_lease_that_is_had_at_once(url, request):
             assert code == -signal.SIGKILL
             killed += 1
         victims.stdin.close()
-    assert killed >= 4
+    assert killed >= 3
 
 
 # Answers that are lost, storage that is away
@@ -515,13 +515,13 @@ class Deaf:
 
 def test_a_write_that_seems_not_to_have_happened_but_has_costs_no_lease(register):
     deaf = Deaf(register)
-    for generation in (1, 2, 3):
+    for generation in (1, 2):
         with hold(deaf, "the run", pytest.fail, ttl_seconds=0.4) as held:
             assert held.generation == generation
-            time.sleep(0.5)
+            time.sleep(0.4)
             assert not held.lost
-    assert deaf.writes > 6
-    assert take(register) == 4
+    assert deaf.writes > 4
+    assert take(register) == 3
 
 
 class Failing:
