@@ -43,7 +43,7 @@ class Model:
     """A torchvision classifier: resnet50, resnet152, densenet161, ..."""
     weights: str
     """Where the run starts: a torchvision weights name (IMAGENET1K_V1), a path or an https:// address of a state_dict
-    (.pth, .pt) or a .safetensors file."""
+    (.pth, .pt) or a .safetensors file, or a version in the model registry (models:/NAME@champion)."""
     weights_sha256: Annotated[str, Field(pattern=r"^(auto|[0-9a-f]{64})$")] = "auto"
     """The file's SHA-256. `auto`: the one found at first use, which the run key holds from then on."""
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] = 1000
@@ -425,6 +425,11 @@ def parse_attempt_name(name: str) -> tuple[str, int] | None:
     return (found[1], int(found[2])) if found else None
 
 
+def holds_credentials(address: str) -> bool:
+    """Whether there is a user, a password or a token in an address, https://user:password@host."""
+    return bool(re.search(r"://[^/\s]*@", address))
+
+
 def replace(recipe: Recipe, **fields: Any) -> Recipe:
     """A copy of `recipe` with dotted fields replaced, `replace(r, **{"model.weights": path})`, checked again."""
     tree = to_tree(recipe)
@@ -547,7 +552,7 @@ def _average_contradictions(r: Recipe) -> Iterable[str]:
 def _secrets(r: Recipe) -> Iterable[str]:
     """A recipe travels in the open: to the cluster, into MLflow, into logs."""
     for name, value in flatten(to_tree(r)).items():
-        if isinstance(value, str) and re.search(r"://[^/\s]*@", value):
+        if isinstance(value, str) and holds_credentials(value):
             yield (
                 f"`{name}` must be an address without a password, but holds one. Give it where the run is, in the"
                 " environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_*)."

@@ -5,7 +5,6 @@ import functools
 import importlib.metadata
 import json
 import os
-import re
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 
 import requests
 
+from swa_dist import config
 from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.service import identity
@@ -89,7 +89,7 @@ def mlflow_server(recipe: Recipe | None) -> Finding:
     uri = recipe.tracking.uri if recipe is not None else "auto"
     if uri == "auto":
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
-    if re.search(r"://[^/@\s]*:[^/@\s]*@", uri):
+    if config.holds_credentials(uri):
         remedy = "Take it out: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and an address without it."
         return Finding("", "broken", f"{uri} holds a password, and a recipe's run refuses that", remedy)
     if uri.startswith("sqlite:///"):
@@ -185,7 +185,7 @@ def starting_weights(recipe: Recipe) -> Finding:
     weights = recipe.model.weights
     if not identity.elsewhere(weights) and not Path(weights).is_file():
         return Finding("", "broken", f"{weights} is not there", "Set `model.weights`.")
-    if re.fullmatch("[A-Z0-9_]+", weights):
+    if identity.is_torchvision_name(weights):
         from torchvision.models import get_model_weights  # seconds, which only such names cost
 
         known = get_model_weights(recipe.model.arch).__members__

@@ -121,8 +121,18 @@ def _addresses(recipe: Recipe) -> dict[str, str]:
 
 
 def elsewhere(weights: str) -> bool:
-    """Whether the weights are a torchvision name, an address, or to be drawn at random, and no path."""
-    return ":" in weights or bool(re.fullmatch(r"[A-Z0-9_]+", weights))
+    """Whether the weights are a torchvision name or an address, and no path."""
+    return ":" in weights or is_torchvision_name(weights)
+
+
+def is_torchvision_name(weights: str) -> bool:
+    """Whether the weights are named as torchvision names its own, IMAGENET1K_V1."""
+    return bool(re.fullmatch(r"[A-Z0-9_]+", weights))
+
+
+def is_registered(weights: str) -> bool:
+    """Whether the weights are those of a version in the model registry, models:/NAME@champion or models:/NAME/3."""
+    return weights.startswith("models:/")
 
 
 def _check_there(split: str, found: Index, recipe: Recipe) -> None:

@@ -118,11 +118,11 @@ def prepare(
         _check_extension(resolved, weights.sha256, data_digest)
     url = run_dir(resolved.output.dir, key)
     kept = held.enter_context(lease.hold(lease.register(lease_url(url)), _what(key), display.say))
-    state = open_folder(url).read_json(ATTEMPT) or {"attempt": 0, "first_attempt": 1}
+    folder = open_folder(url)
+    state = folder.read_json(ATTEMPT) or {"attempt": 0, "first_attempt": 1}
     if again and exists(url):
         state = {"attempt": state["attempt"], "first_attempt": state["attempt"] + 1}
         set_aside(url, f".attempt-{state['attempt']}")
-    folder = open_folder(url)
     summary = folder.read_json(SUMMARY)
     if summary is not None:
         return Finished(summary, already=True)

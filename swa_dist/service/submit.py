@@ -93,7 +93,7 @@ def as_sent(recipe: Recipe, weights_sha256: str) -> Recipe:
 
 def pinned(recipe: Recipe) -> Recipe:
     """The recipe with models:/NAME@champion as the version that it is now: it may be another in a moment."""
-    if not recipe.model.weights.startswith("models:/"):
+    if not identity.is_registered(recipe.model.weights):
         return recipe
     from swa_dist.service import registry
 

@@ -17,9 +17,9 @@ import torchvision.models
 from swa_dist.config import Model, Recipe
 from swa_dist.errors import CheckpointError, ConfigError, ServiceError
 from swa_dist.service import registry
+from swa_dist.service.identity import is_registered, is_torchvision_name
 from swa_dist.storage.files import sha256_file, write_atomic, writing
 
-_NAME = re.compile(r"[A-Z0-9_]+")
 _TIMEOUT_SECONDS = 60
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
 
@@ -47,14 +47,15 @@ def fetch(model: Model, registry_uri: str) -> LocalWeights:
     ServiceError where a download fails.
     """
     expected = {"`model.weights_sha256`": model.weights_sha256} if model.weights_sha256 != "auto" else {}
-    if is_registered(model.weights):
-        path = registry.download(registry_uri, model.weights, _cache())
-        stated = registry.stated_sha256(registry_uri, model.weights)
-        expected |= {"the one in the version's tag": stated} if stated is not None else {}
     url = _url(model)
-    if url:
+    if is_registered(model.weights):
+        version = registry.pinned(registry_uri, model.weights)  # an alias may be moved between two questions
+        path = registry.download(registry_uri, version, _cache())
+        stated = registry.stated_sha256(registry_uri, version)
+        expected |= {"the one in the version's tag": stated} if stated is not None else {}
+    elif url:
         path = _download(url)
-    elif not is_registered(model.weights):
+    else:
         path = Path(model.weights).expanduser().resolve()
     if not path.is_file():
         raise ConfigError(
@@ -72,11 +73,6 @@ def fetch(model: Model, registry_uri: str) -> LocalWeights:
     if url:
         write_atomic(_record(path), f"{digest}\n")
     return LocalWeights(path, digest)
-
-
-def is_registered(weights: str) -> bool:
-    """Whether the weights are those of a version in the model registry, models:/NAME@champion or models:/NAME/3."""
-    return weights.startswith("models:/")
 
 
 def published_top1(recipe: Recipe) -> float | None:
@@ -103,7 +99,7 @@ def _url(model: Model) -> str | None:
     """Where to download the weights from, or None for a file."""
     if urlparse(model.weights).scheme == "https":
         return model.weights
-    if not _NAME.fullmatch(model.weights):
+    if not is_torchvision_name(model.weights):
         return None
     try:
         known = torchvision.models.get_model_weights(model.arch)

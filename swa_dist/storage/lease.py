@@ -22,6 +22,7 @@ from typing import IO, Protocol
 
 from swa_dist.errors import BusyError, CheckpointError, SwaDistError
 from swa_dist.storage.files import write_atomic, writing
+from swa_dist.storage.folder import is_s3
 
 TTL_SECONDS = 60.0
 """A holder elsewhere that shows no sign of life for so long has lost its lease to whoever asks."""
@@ -182,7 +183,7 @@ def hold(
 
 def register(url: str) -> Register:
     """The lease at a path, or an address on S3."""
-    if url.startswith("s3://"):
+    if is_s3(url):
         from swa_dist.storage.s3 import S3Register  # boto3 is for those who use it
 
         return S3Register.at(url)
