@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -196,14 +197,29 @@ def left_behind(variable: str, value: str) -> list[str]:
 
 
 def end_marked(variable: str, value: str) -> None:
-    """End the processes that have `variable=value` in their environment, and wait until they have ended."""
+    """End the processes that have `variable=value` in their environment, with all that they started, and wait until
+    they have ended. Ray's agents write their title over their environment: they are found as children alone."""
+    ending: set[psutil.Process] = set()
     deadline = time.monotonic() + 30
-    while found := marked(variable, value):
-        assert time.monotonic() < deadline, found
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    while True:
+        for pid in marked(variable, value):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                ending |= {process, *process.children(recursive=True)}
+        ending = {process for process in ending if _lives(process)}
+        if not ending:
+            return
+        assert time.monotonic() < deadline, ending
+        for process in ending:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         time.sleep(0.2)
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def free_port() -> int:
