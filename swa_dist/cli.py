@@ -299,11 +299,15 @@ def main() -> None:
     try:
         app()
     except SwaDistError as error:
-        print(f"swa-dist: {error}", file=sys.stderr)
+        _say_end(str(error), error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("swa-dist: interrupted. What was committed is kept; the same command resumes it.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _say_end("interrupted. What was committed is kept; the same command resumes it.", error)
         sys.exit(ExitCode.STOPPED)
+
+
+def _say_end(why: str, error: BaseException) -> None:
+    print("\n".join([f"swa-dist: {why}", *getattr(error, "__notes__", ())]), file=sys.stderr)
 
 
 def _shown(work: "Callable[[Display], T]", *, quiet: bool = False) -> T:

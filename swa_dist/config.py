@@ -209,10 +209,41 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
 class Checkpoint:
+    interval_seconds: Literal["auto", "epoch"] | Annotated[float, Field(ge=0.001, le=86_400)] = "auto"
+    """Time between checkpoints within an epoch; each epoch's end is one besides. `auto`: the interval that loses the
+    least to writing and to failures together (Young 1974, Daly 2006), from the measured cost of a checkpoint and
+    `mean_hours_between_failures`. `epoch`: none but those at epochs' ends."""
+    mean_hours_between_failures: Annotated[float, Field(gt=0, le=100_000)] = 6.0
+    """Of all machines of the run together, for `auto`. Machines that can be reclaimed: about 6; others: far more."""
     keep_last: Positive = 2
-    """Training checkpoints that are kept."""
+    """Checkpoints that are kept while the run goes on, beside those of epochs' ends."""
+    keep_epochs: Literal["all"] | Annotated[int, Field(ge=0, le=1000)] = "all"
+    """Checkpoints of epochs' ends that are kept while the run goes on: the last so many."""
     extend_from: str = "nothing"
     """Folder of a finished, shorter run of the same recipe, which this one then goes on from."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Guard:
+    """Steps that would do harm are skipped, by all workers alike."""
+
+    spike_factor: Literal["off"] | Annotated[float, Field(ge=10, le=1e12)] = 1000.0
+    """Skip a step whose gradient is so many times longer than the median of the last 64. One that is not finite is
+    skipped in any case."""
+    max_skips_in_a_row: Positive = 10
+    """After so many skipped steps in a row the run ends, at its last good checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Retention:
+    """What is kept of finished runs. Files of a version that has an alias in the registry (@champion) always are."""
+
+    checkpoints: Literal["all", "last"] = "last"
+    """Of this run, once it is finished. The last is what a longer run can go on from."""
+    spools: Literal["all", "unsent"] = "all"
+    """Of this run, once it is finished: what MLflow was told. `unsent`: removed when all of it is sent."""
+    run_days: Literal["forever"] | Annotated[int, Field(ge=1, le=36_500)] = "forever"
+    """Finished runs in `output.dir` that are older are removed when a run finishes."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
@@ -248,7 +279,7 @@ class Cluster:
     """`local`: a Ray of its own, ended with the run. `auto`: the Ray that this runs in. Else a head's address."""
     start_timeout_seconds: Positive = 600
     """How long to wait for workers where a cluster can still grow."""
-    collective_timeout_seconds: Positive = 600
+    collective_timeout_seconds: Positive = 300
     """How long a worker waits for the others before it gives up."""
 
 
@@ -274,6 +305,8 @@ class Recipe:
     recalibrate: Recalibrate = Recalibrate()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
+    retention: Retention = Retention()
     tracking: Tracking = Tracking()
     registry: Registry
     cluster: Cluster = Cluster()
@@ -313,6 +346,8 @@ NOT_IN_KEY = frozenset(
         "evaluate.published_top1",
         "evaluate.preflight",
         "checkpoint",
+        "guard.max_skips_in_a_row",
+        "retention",
         "tracking",
         "registry",
         "cluster",

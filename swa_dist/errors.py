@@ -48,8 +48,14 @@ class NumericsError(SwaDistError):
     exit_code = ExitCode.NUMERICS
 
 
+class OutOfMemoryError(SwaDistError):
+    """A worker's images, weights and gradients don't fit into its memory."""
+
+    exit_code = ExitCode.NUMERICS
+
+
 class ServiceError(SwaDistError):
-    """Something this program depends on (Ray, MLflow, a download) is down or refuses."""
+    """Something this program depends on (Ray, MLflow, a download, another worker) is down or refuses."""
 
     exit_code = ExitCode.DEPENDENCY_DOWN
 

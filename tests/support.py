@@ -116,7 +116,7 @@ def _worker(
                 world_size=size,
                 timeout=timedelta(seconds=TIMEOUT_SECONDS),
             )
-            world = TorchWorld(torch.device("cpu"))
+            world = TorchWorld(torch.device("cpu"), TIMEOUT_SECONDS)
         sender.send((True, work(world, *args)))
     except BaseException:
         sender.send((False, traceback.format_exc()))

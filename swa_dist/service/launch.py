@@ -5,15 +5,13 @@ import functools
 import json
 import os
 import secrets
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from swa_dist.config import Recipe
 from swa_dist.errors import ConfigError
-from swa_dist.service import result, run
+from swa_dist.service import result, run, stopping
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Finished, Job
 from swa_dist.training.world import SoloWorld, World, join_from_environment, on_rank_zero
@@ -47,12 +45,10 @@ def finetune(recipe: Recipe, display: Display, *, again: bool = False) -> Finish
         with _environment(_private_ray() if recipe.cluster.address == "local" else {}):
             from swa_dist.service import ray_train  # reads the environment; and a finished run need not wait for it
 
-            try:
+            with _failure_noted(job):
                 ray_train.fit(job, display)
-            except BaseException as error:
-                run.note_failure(job, error)
-                raise
-        return result.conclude(job, display)
+        with _failure_noted(job):
+            return result.conclude(job, display)
 
 
 def _check_cores(recipe: Recipe) -> None:
@@ -104,22 +100,20 @@ def _in_this_process(recipe: Recipe, display: Display, world: World, again: bool
         job = on_rank_zero(world, prepare, patient=True)
         if not isinstance(job, Job):
             return job
-        try:
-            run.work(job, world, display, _asked_to_end())
-        except BaseException as error:
-            if world.rank == 0:
-                run.note_failure(job, error)
-            raise
-        return on_rank_zero(world, lambda: result.conclude(job, display), patient=True)
+        with _failure_noted(job) if world.rank == 0 else contextlib.nullcontext():
+            with stopping.terminated() as asked:
+                run.work(job, world, display, asked)
+            return on_rank_zero(world, lambda: result.conclude(job, display), patient=True)
 
 
 def _device(index: int) -> torch.device:
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _asked_to_end() -> Callable[[], bool]:
-    """Whether this process was sent SIGTERM. The run then stops after a step, with its state saved."""
-    asked = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
-    return asked.is_set
+@contextlib.contextmanager
+def _failure_noted(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        run.note_failure(job, error)
+        raise

@@ -18,6 +18,7 @@ from swa_dist.storage.files import read_json, write_atomic, writing
 from swa_dist.training import loop
 from swa_dist.training.averages import Averages
 from swa_dist.training.batchnorm import RunningStatistics
+from swa_dist.training.guard import Guard
 from swa_dist.training.state import TrainState
 from swa_dist.training.world import SoloWorld
 
@@ -57,7 +58,7 @@ def train_start(
     world = SoloWorld()
     model = models.build(recipe.model, recipe.seed)
     optimizer = loop.sgd(model, models.head_names(model), recipe)
-    state = TrainState(model=model, optimizer=optimizer, averages=Averages(recipe.average))
+    state = TrainState(model=model, optimizer=optimizer, averages=Averages(recipe.average), guard=Guard(recipe.guard))
     images = epochs * loaders.num_train
     schedule = Linear(_START_MAX_LR, _START_MIN_LR, run_images=images)
     running = RunningStatistics(model, world)

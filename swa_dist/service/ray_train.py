@@ -3,13 +3,14 @@
 Ray reads its token settings when it is imported, so launch.py has them in the environment before it imports this.
 """
 
+import collections
 import contextlib
 import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -24,59 +25,85 @@ from swa_dist.config import Cluster
 from swa_dist.errors import ConfigError, ServiceError, Stopped, SwaDistError
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Job, work
+from swa_dist.service.stopping import terminated
 from swa_dist.storage.folder import join
 from swa_dist.training.world import TorchWorld
 
 _POLL_SECONDS = 0.5
+_ANSWER_SECONDS = 10.0
 _CAPACITY_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing large goes through Ray
+_STOP, _LEAVE = "stop", "leave"
 
 
 def fit(job: Job, display: Display) -> None:
-    """Run the job's workers to their end. Raises what a worker raised, or ServiceError where Ray itself failed."""
+    """Run the job's workers to their end. Raises what a worker raised, or ServiceError where Ray itself failed.
+
+    SIGTERM has the run commit its state and end with Stopped. Machines that are told to go have it commit its state and
+    go on without them, if enough remain or others come.
+    """
     cluster = config.from_tree(job.recipe).cluster
     with _connected(cluster), tempfile.TemporaryDirectory(prefix="swa-ray-") as scratch:
         gpus = _gpus_per_worker(cluster)
         _await_capacity(cluster, gpus, display)
-        elastic = _least(cluster) < cluster.num_workers
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"job": asdict(job), "board": board},
-            torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
-            scaling_config=ScalingConfig(
-                num_workers=(_least(cluster), cluster.num_workers) if elastic else cluster.num_workers,
-                use_gpu=gpus > 0,
-                resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
-            ),
-            run_config=RunConfig(
-                name=job.name,
-                storage_path=scratch if cluster.address == "local" else join(job.run_dir, "ray"),
-                failure_config=FailureConfig(max_failures=cluster.max_failures),
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        )
-        with _shown(board, display):
-            try:
-                trainer.fit()
-            except ray.train.TrainingFailedError as error:
-                raise (ray.get(board.ended_by.remote()) or _cause(error)) from error
-        ended = ray.get(board.ended_by.remote())
-        if ended is not None:
-            raise ended
+        storage = scratch if cluster.address == "local" else join(job.run_dir, "ray")
+        with _shown(board, display), terminated() as asked, _watched(board, asked):
+            while True:
+                try:
+                    _trainer(job, cluster, gpus, board, storage).fit()
+                except ray.train.TrainingFailedError as error:
+                    raise (ray.get(board.ended_by.remote()) or _cause(error)) from error
+                ended = ray.get(board.ended_by.remote())
+                if ended is not None:
+                    raise ended
+                if not ray.get(board.begin_again.remote()):
+                    return
+                display.say("a machine is about to go: the state is saved; going on with those that stay")
+                try:
+                    _await_capacity(cluster, gpus, display)
+                except ConfigError as error:
+                    raise Stopped(
+                        f"the machines that went away must be replaced within {cluster.start_timeout_seconds} s, but"
+                        f" were not: {error} The state is saved. The same command resumes it."
+                    ) from error
+
+
+def _trainer(job: Job, cluster: Cluster, gpus: int, board: Any, storage: str) -> TorchTrainer:
+    elastic = _least(cluster) < cluster.num_workers
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"job": asdict(job), "board": board},
+        torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
+        scaling_config=ScalingConfig(
+            num_workers=(_least(cluster), cluster.num_workers) if elastic else cluster.num_workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=job.name,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
 
 
 def _worker(settings: dict[str, Any]) -> None:
     """One worker's life. Most errors of ours come from the run, not from the machine that it is on: workers are not
     started again for them, or, where others wait for this one and must be ended, only to learn of it."""
-    board = settings["board"]
+    board, job = settings["board"], Job(**settings["job"])
     if ray.get(board.ended_by.remote()) is None:
-        device = ray.train.torch.get_device()
+        board.here.remote(ray.get_runtime_context().get_node_id())
+        timeout = config.from_tree(job.recipe).cluster.collective_timeout_seconds
+        world = TorchWorld(ray.train.torch.get_device(), timeout)
         try:
-            work(Job(**settings["job"]), TorchWorld(device), _BoardDisplay(board), should_stop=lambda: False)
+            with _asked(board) if world.rank == 0 else contextlib.nullcontext(_never) as should_stop:
+                work(job, world, _BoardDisplay(board), should_stop)
         except Stopped as stopped:  # as one, on all workers
-            ray.get(board.end.remote(stopped))
+            if ray.get(board.asked.remote()) != _LEAVE:
+                ray.get(board.end.remote(stopped))
         except SwaDistError as error:
             if not isinstance(error, ServiceError):  # what is down now may be up when they start again
                 ray.get(board.end.remote(error))
@@ -86,12 +113,14 @@ def _worker(settings: dict[str, Any]) -> None:
 
 @ray.remote(num_cpus=0)
 class _Board:
-    """Where workers pin what the driver's display is to show, and what ended the run: the two need share nothing but
-    Ray."""
+    """Where workers pin what the driver's display is to show, what ended the run and where they are, and the driver
+    what it asks of them: the two need share nothing but Ray."""
 
     def __init__(self) -> None:
         self._items: list[tuple[str, tuple[Any, ...]]] = []
         self._ended_by: SwaDistError | None = None
+        self._asked = ""
+        self._nodes: set[str] = set()
 
     def pin(self, kind: str, arguments: tuple[Any, ...]) -> None:
         self._items.append((kind, arguments))
@@ -105,6 +134,83 @@ class _Board:
     def take(self) -> list[tuple[str, tuple[Any, ...]]]:
         items, self._items = self._items, []
         return items
+
+    def here(self, node: str) -> None:
+        self._nodes.add(node)
+
+    def nodes(self) -> set[str]:
+        return self._nodes
+
+    def ask(self, what: str) -> None:
+        """_STOP: commit the state and end; nothing takes that back. _LEAVE: commit it, to begin again elsewhere."""
+        if self._asked != _STOP:
+            self._asked = what
+
+    def asked(self) -> str:
+        return self._asked
+
+    def begin_again(self) -> bool:
+        """Whether the workers ended to begin again elsewhere; from here on they have not."""
+        leaving = self._asked == _LEAVE
+        if leaving:
+            self._asked, self._nodes = "", set()
+        return leaving
+
+
+@contextlib.contextmanager
+def _watched(board: Any, asked: Callable[[], bool]) -> Iterator[None]:
+    """Within the block the driver asks the workers to stop when it is asked itself, or when its own machine is about to
+    go, and to leave when one of theirs is."""
+    with _polling(lambda: _look(board, asked), "watcher"):
+        yield
+
+
+def _look(board: Any, asked: Callable[[], bool]) -> None:
+    # What Ray Train's own watcher asks. Its public answer, ray.train.get_preemption_info, is a barrier of all workers.
+    going = set(ray._private.state.state.get_draining_nodes())
+    if asked() or ray.get_runtime_context().get_node_id() in going:
+        ray.get(board.ask.remote(_STOP), timeout=_ANSWER_SECONDS)
+    elif going and going & ray.get(board.nodes.remote(), timeout=_ANSWER_SECONDS):
+        ray.get(board.ask.remote(_LEAVE), timeout=_ANSWER_SECONDS)
+
+
+@contextlib.contextmanager
+def _asked(board: Any) -> Iterator[Callable[[], bool]]:
+    """Within the block, whether the driver asks the workers to stop or to leave."""
+    found = threading.Event()
+
+    def look() -> None:
+        if ray.get(board.asked.remote(), timeout=_ANSWER_SECONDS):
+            found.set()
+
+    with _polling(look, "asked"):
+        yield found.is_set
+
+
+@contextlib.contextmanager
+def _polling(look: Callable[[], None], name: str) -> Iterator[None]:
+    """Within the block a thread looks twice a second, and once more at its end."""
+    ended = threading.Event()
+
+    def poll() -> None:
+        while True:
+            last = ended.wait(_POLL_SECONDS)
+            with contextlib.suppress(ray.exceptions.RayError):
+                look()
+            if last:
+                return
+
+    thread = threading.Thread(target=poll, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=2 * _ANSWER_SECONDS)
+
+
+def _never() -> bool:
+    return False
 
 
 class _BoardDisplay:
@@ -131,24 +237,13 @@ class _BoardDisplay:
 @contextlib.contextmanager
 def _shown(board: Any, display: Display) -> Iterator[None]:
     """Within the block what is pinned on the board is shown."""
-    ended = threading.Event()
 
     def show() -> None:
-        while True:
-            last = ended.wait(_POLL_SECONDS)
-            with contextlib.suppress(ray.exceptions.RayError):
-                for kind, arguments in ray.get(board.take.remote(), timeout=10):
-                    getattr(display, kind)(*arguments)
-            if last:
-                return
+        for kind, arguments in ray.get(board.take.remote(), timeout=_ANSWER_SECONDS):
+            getattr(display, kind)(*arguments)
 
-    thread = threading.Thread(target=show, name="display", daemon=True)
-    thread.start()
-    try:
+    with _polling(show, "display"):
         yield
-    finally:
-        ended.set()
-        thread.join(timeout=20)
 
 
 @contextlib.contextmanager
@@ -190,13 +285,23 @@ def _gpus_per_worker(cluster: Cluster) -> int:
     return cluster.gpus_per_worker
 
 
+def _resources() -> dict[str, float]:
+    """Those of the machines that stay."""
+    going = ray._private.state.state.get_draining_nodes()
+    total: collections.Counter[str] = collections.Counter()
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] not in going:
+            total.update(node["Resources"])
+    return dict(total)
+
+
 def _await_capacity(cluster: Cluster, gpus: int, display: Display) -> None:
     """Wait for a cluster that can grow; a Ray of our own can't."""
     patience = 0 if cluster.address == "local" else cluster.start_timeout_seconds
     deadline = time.monotonic() + patience
     asked = False
     while True:
-        have = ray.cluster_resources()
+        have = _resources()
         lacking = [
             (resource, each)
             for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", gpus))

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ import mlflow.pytorch
 import numpy as np
 import safetensors.torch
 import torch
+from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
 from swa_dist import config, models
 from swa_dist.errors import CheckpointError, ConfigError, SwaDistError
 from swa_dist.service import tracking
-from swa_dist.service.tracking import SPOOL_FILES, Event, Spool
+from swa_dist.service.spool import SPOOL_FILES, Event, Spool
 from swa_dist.storage.files import read_json, sha256_file, write_atomic
 from swa_dist.storage.folder import Folder
 from swa_dist.storage.store import DiskStore
@@ -45,15 +47,32 @@ class Registered:
 def spool_of(folder: Folder) -> Spool:
     """The spool of a run, as it is now."""
     folder.pull(*SPOOL_FILES)
-    return Spool(folder.local, folder.push)
+    return Spool(folder.local, folder.push, folder.pull)
 
 
 def send(folder: Folder) -> str:
     """Send what waits in a run's spool, its model among it. Returns the MLflow run's id; raises ServiceError."""
+    return tracking.patiently(lambda: _send(folder))
+
+
+def send_within(folder: Folder, seconds: float) -> bool:
+    """Whether `send` ended well within so many seconds; if it takes longer it is left to itself. Raises nothing."""
+    sent = threading.Event()
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            send(folder)
+            sent.set()
+
+    thread = threading.Thread(target=attempt, name="mlflow-last-words", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return sent.is_set()
+
+
+def _send(folder: Folder) -> str:
     spool = spool_of(folder)
     for event in spool.waiting():
-        if event["kind"] == "artifact":
-            folder.pull(event["name"])
         if event["kind"] == "model":
             folder.store.open(event["entry"])
             folder.pull(REGISTERED)
@@ -80,12 +99,37 @@ def register(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Pat
 def _create_version(client: mlflow.MlflowClient, run_id: str, recipe: config.Recipe, folder: Path, event: Event) -> str:
     name = recipe.registry.model
     weights = DiskStore(folder).open(event["entry"]) / "model.safetensors"
+    model_id = _logged_model(client, run_id) or _log_model(run_id, recipe, weights, event["uri"])
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = _texts(event["tags"]) | {_SHA256: sha256_file(weights)}
+    created = client.create_model_version(
+        name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=tags
+    )
+    return str(created.version)
+
+
+def _logged_model(client: mlflow.MlflowClient, run_id: str) -> str | None:
+    """The id of the run's logged model that is whole, if there is one. What an outage left of others is removed."""
+    experiment_id = client.get_run(run_id).info.experiment_id
+    found = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
+    whole = [model.model_id for model in found if model.status == LoggedModelStatus.READY]
+    for model in found:
+        if model.model_id not in whole:
+            client.delete_logged_model(model.model_id)
+    return str(whole[0]) if whole else None
+
+
+def _log_model(run_id: str, recipe: config.Recipe, weights: Path, uri: str) -> str:
     model = models.build(recipe.model, recipe.seed)
     model.load_state_dict(safetensors.torch.load_file(weights))
     model.eval()  # in train mode logging would run a batch through and change BatchNorm's statistics
     size = recipe.data.image_size
-    mlflow.set_tracking_uri(event["uri"])
-    mlflow.set_registry_uri(event["uri"])
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
     with torch.random.fork_rng(devices=[]), mlflow.start_run(run_id=run_id, log_system_metrics=False):
         info = mlflow.pytorch.log_model(
             model,
@@ -94,14 +138,7 @@ def _create_version(client: mlflow.MlflowClient, run_id: str, recipe: config.Rec
             pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "torchvision", "numpy"],
             extra_files=[str(weights)],
         )
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    tags = _texts(event["tags"]) | {_SHA256: sha256_file(weights)}
-    created = client.create_model_version(name, source=info.model_uri, run_id=run_id, model_id=info.model_id, tags=tags)
-    return str(created.version)
+    return str(info.model_id)
 
 
 def stated_sha256(uri: str, model: str) -> str | None:
@@ -122,16 +159,19 @@ def download(uri: str, model: str, cache: Path) -> Path:
     source = hashlib.sha256(f"{uri} {version.name} {version.version} {version.run_id}".encode()).hexdigest()[:12]
     path = cache / f"{version.name}-v{version.version}-{source}.safetensors"
     if not path.is_file():
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
-        with tempfile.TemporaryDirectory() as scratch, _answering(uri):
-            address = f"models:/{version.name}/{version.version}"
-            found = mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=scratch, tracking_uri=uri)
-            weights = Path(found) / _WEIGHTS
-            if not weights.is_file():
-                raise CheckpointError(f"{address} must hold {_WEIGHTS}, but does not: another program registered it.")
-            write_atomic(path, weights.read_bytes())
+        tracking.patiently(lambda: _download(uri, f"models:/{version.name}/{version.version}", path))
     return path
+
+
+def _download(uri: str, address: str, path: Path) -> None:
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    with tempfile.TemporaryDirectory() as scratch, _answering(uri):
+        found = mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=scratch, tracking_uri=uri)
+        weights = Path(found) / _WEIGHTS
+        if not weights.is_file():
+            raise CheckpointError(f"{address} must hold {_WEIGHTS}, but does not: another program registered it.")
+        write_atomic(path, weights.read_bytes())
 
 
 def _version(uri: str, model: str) -> Any:
@@ -139,16 +179,22 @@ def _version(uri: str, model: str) -> Any:
     if not name or not separator or not which:
         raise ConfigError(f"`model.weights` must be like models:/NAME@ALIAS or models:/NAME/VERSION, but is {model}.")
     tracking.configure_client()
-    with _answering(uri):
-        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-        try:
-            if separator == "@":
-                return client.get_model_version_by_alias(name, which)
-            return client.get_model_version(name, which)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise ConfigError(f"`model.weights` must be in the registry at {uri}, but {model} is not.") from None
-            raise
+
+    def ask() -> Any:
+        with _answering(uri):
+            client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+            try:
+                if separator == "@":
+                    return client.get_model_version_by_alias(name, which)
+                return client.get_model_version(name, which)
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise ConfigError(
+                        f"`model.weights` must be in the registry at {uri}, but {model} is not."
+                    ) from None
+                raise
+
+    return tracking.patiently(ask)
 
 
 @contextlib.contextmanager
@@ -163,7 +209,7 @@ def _answering(uri: str) -> Iterator[None]:
 
 def _existing_version(client: mlflow.MlflowClient, name: str, run_id: str) -> str | None:
     found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    return str(found[0].version) if found else None
+    return str(min(int(version.version) for version in found)) if found else None
 
 
 def _decide(client: mlflow.MlflowClient, recipe: config.Recipe, name: str, version: str) -> Registered:

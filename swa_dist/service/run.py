@@ -20,21 +20,25 @@ from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.index import Index
-from swa_dist.data.order import check_groups
-from swa_dist.errors import ConfigError, DataError, OutputError, ServiceError, Stopped, SwaDistError
-from swa_dist.service import identity, registry, tracking
+from swa_dist.errors import ConfigError, Stopped, SwaDistError
+from swa_dist.service import checks, identity, post_mortem, registry, stopping, tracking
 from swa_dist.service.layout import ATTEMPT, RECIPE, STOP_REQUEST, SUMMARY, lease_url, run_dir
 from swa_dist.service.progress import Display
 from swa_dist.service.tracking import SpoolTracker, Target
 from swa_dist.service.weights import LocalWeights, fetch, published_top1
+from swa_dist.service.worker_log import WorkerLog
 from swa_dist.storage import lease
 from swa_dist.storage.files import sha256_file, writing
-from swa_dist.storage.folder import Folder, check_writable, exists, join, open_folder, set_aside
+from swa_dist.storage.folder import Folder, exists, join, open_folder, set_aside
+from swa_dist.training import failures
 from swa_dist.training.finetune import finetune
-from swa_dist.training.recalibrate import most_images
 from swa_dist.training.world import World, pin_arithmetic
 
-_LOOK_EVERY_SECONDS = 2.0
+# How long MLflow is waited for: by a run that has finished, and by one that has a grace period to end in.
+_FINISHED_SECONDS = 60.0
+_STOPPED_SECONDS = 3.0
+_HANGING = 0.8
+"""The share of the time after which a worker gives up, at which the stacks of one that waits are written down."""
 
 
 @dataclass(frozen=True)
@@ -99,27 +103,33 @@ def prepare(
     begin anew. `submission`: the name under which this was submitted, if it was. Writes the run's folder. Raises the
     error that is the person's to mend, before anything is written.
     """
+    began = time.monotonic()
     resolved = resolve(recipe)
     if num_workers > resolved.groups_per_batch:
         raise ConfigError(
             f"there must be at most as many workers as groups in a global batch ({resolved.groups_per_batch}), but are"
             f" {num_workers}. Start fewer, or set `data.group_images` smaller: another result and another key."
         )
-    _check_writable(resolved.output.dir)
+    checks.check_writable(resolved.output.dir)
     train, val = identity.indices(resolved, display)
-    _check_images(resolved, train, val)
+    checks.check_images(resolved, train, val)
     weights = fetch(resolved.model, resolved.tracking.uri)
     network = models.build(resolved.model, resolved.seed)
     models.load(network, config.replace(resolved, **{"model.weights": str(weights.path)}).model)
     data_digest = index.data_digest(train, val)
     key = config.run_key(resolved, weights.sha256, data_digest)
-    least_attempt = _check_submission(submission, key)
+    least_attempt = checks.check_submission(submission, key)
     if resolved.checkpoint.extend_from != "nothing":
-        _check_extension(resolved, weights.sha256, data_digest)
+        checks.check_extension(resolved, weights.sha256, data_digest)
     url = run_dir(resolved.output.dir, key)
     kept = held.enter_context(lease.hold(lease.register(lease_url(url)), _what(key), display.say))
     folder = open_folder(url)
     state = folder.read_json(ATTEMPT) or {"attempt": 0, "first_attempt": 1}
+    if post_mortem.missing(folder, state["attempt"]):
+        folder.pull(RECIPE)
+        text = (folder.local / RECIPE).read_text(encoding="utf-8") if folder.has(RECIPE) else ""
+        written = post_mortem.write(folder, state["attempt"], None, text)
+        display.say(f"attempt {state['attempt']} ended without a word; what is known of it: {written}")
     if again and exists(url):
         state = {"attempt": state["attempt"], "first_attempt": state["attempt"] + 1}
         set_aside(url, f".attempt-{state['attempt']}")
@@ -144,12 +154,13 @@ def prepare(
     with writing(folder.local):
         folder.local.mkdir(parents=True, exist_ok=True)
         _keep_weights(folder, weights, start)
-    folder.remove(STOP_REQUEST)
+    if folder.age_seconds(STOP_REQUEST) > time.monotonic() - began:  # one that is younger is for this attempt
+        folder.remove(STOP_REQUEST)
     for split, found in (("train", train), ("val", val)):
         index.save(found, join(url, f"{split}.parquet"))
     folder.write(RECIPE, config.to_yaml(resolved))
     folder.write(ATTEMPT, json.dumps({"attempt": job.attempt, "first_attempt": job.first_attempt}))
-    _open_spool(job, folder, resolved, train, val, num_workers, display)
+    _open_spool(job, folder, resolved, train, val, num_workers)
     return job
 
 
@@ -158,35 +169,47 @@ def work(job: Job, world: World, display: Display, should_stop: Callable[[], boo
     folder = job.open()
     recipe = config.replace(config.from_tree(job.recipe), **{"model.weights": str(folder.local / job.start)})
     pin_arithmetic(world.device)
-    if world.rank == 0:  # who alone reads them
-        folder.pull(job.start)
-    loaders = DaliLoaders(
-        train_index=index.load(join(job.run_dir, "train.parquet"), Path(recipe.data.train)),
-        val_index=index.load(join(job.run_dir, "val.parquet"), Path(recipe.data.val)),
-        data=recipe.data,
-        seed=recipe.seed,
-        rank=world.rank,
-        world_size=world.size,
-        device=world.device,
-        num_threads=_decoding_threads(recipe),
-    )
-    tracking.configure_client()
-    tracker = SpoolTracker(registry.spool_of(folder), display) if world.rank == 0 else _Nobody()
-    requested = _Requested(folder) if world.rank == 0 else _never
-    try:
-        finetune(recipe, world, loaders, folder.store, tracker, lambda: should_stop() or requested())
-    finally:
-        tracker.close()
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(WorkerLog(folder, job.attempt, world.rank, world.size, world.device))
+        log.alive(_HANGING * recipe.cluster.collective_timeout_seconds)
+        stack.enter_context(failures.named(recipe, world))
+        requested = stack.enter_context(stopping.requested(folder)) if world.rank == 0 else _never
+        if world.rank == 0:  # who alone reads them
+            folder.pull(job.start)
+        loaders = DaliLoaders(
+            train_index=index.load(join(job.run_dir, "train.parquet"), Path(recipe.data.train)),
+            val_index=index.load(join(job.run_dir, "val.parquet"), Path(recipe.data.val)),
+            data=recipe.data,
+            seed=recipe.seed,
+            rank=world.rank,
+            world_size=world.size,
+            device=world.device,
+            num_threads=_decoding_threads(recipe),
+        )
+        tracking.configure_client()
+        tracker = SpoolTracker(registry.spool_of(folder), _Both(log, display)) if world.rank == 0 else _Quiet(log)
+        patience = _STOPPED_SECONDS
+        try:
+            finetune(recipe, world, loaders, folder.store, tracker, lambda: should_stop() or requested())
+            patience = _FINISHED_SECONDS
+        finally:
+            tracker.close(patience)
 
 
 def note_failure(job: Job, error: BaseException) -> None:
-    """Tell MLflow, if it answers, that this attempt ended without a result. Never gets in the way of `error`."""
+    """Leave a post-mortem, whose address is noted on `error`, and tell MLflow, if it answers soon, that this attempt
+    ended without a result. Never gets in the way of `error`."""
     status = "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED"
     with contextlib.suppress(SwaDistError, OSError):
         job.check_lease()  # the record of a run that another has taken over is the other's
         folder = job.open()
-        registry.spool_of(folder).append({"kind": "status", "status": status, "time_ms": time.time_ns() // 1_000_000})
-        registry.send(folder)
+        events = [{"kind": "status", "status": status, "time_ms": time.time_ns() // 1_000_000}]
+        recipe = config.to_yaml(config.from_tree(job.recipe))
+        if (written := post_mortem.write(folder, job.attempt, error, recipe)) is not None:
+            error.add_note(f"post-mortem: {written}")
+            events.append({"kind": "artifact", "name": written.rpartition("/")[2]})
+        registry.spool_of(folder).append(*events)
+        registry.send_within(folder, _STOPPED_SECONDS)
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -205,80 +228,6 @@ def _what(run_key: str) -> str:
     return f"the run with key {run_key[:12]}"
 
 
-def _check_writable(url: str) -> None:
-    try:
-        check_writable(url)
-    except OutputError as error:
-        raise OutputError(f"`output.dir` must be a folder that can be written: {error}") from None
-
-
-def _check_submission(submission: str, key: str) -> int:
-    """The least number that this attempt may have: that of the submission it is. Raises ConfigError where the run is
-    another than the one that was submitted."""
-    parsed = config.parse_attempt_name(submission)
-    if parsed is None:
-        return 1
-    if parsed[0] != key[:12]:
-        raise ConfigError(
-            f"the submitted run must be the one with key {parsed[0]}, but is {key[:12]} here: its images' index or its"
-            " weights have changed since it was submitted, or the submitter has another version of swa_dist. Submit it"
-            " again, with the version that the cluster has."
-        )
-    return parsed[1]
-
-
-def _check_images(recipe: Recipe, train: Index, val: Index) -> None:
-    if recipe.data.kind == "imagenet":
-        _check_imagenet(train, val)
-    _check_cycles(recipe, train)
-    check_groups(len(train) % recipe.data.global_batch, recipe.data.group_images)
-    check_groups(most_images(recipe.recalibrate, len(train)), recipe.data.group_images)
-
-
-def _check_imagenet(train: Index, val: Index) -> None:
-    for split, found, images in (("train", train, 1_281_167), ("val", val, 50_000)):
-        if (len(found), len(found.classes)) != (images, 1000):
-            raise DataError(
-                f"`data.{split}` must be ILSVRC 2012's {images:,} images of 1,000 classes, as `data.kind` says, but"
-                f" has {len(found):,} of {len(found.classes):,}. Complete it, or set `data.kind=other`."
-            )
-
-
-def _check_cycles(recipe: Recipe, train: Index) -> None:
-    images = min(recipe.averaging_epochs, recipe.cycle_epochs) * len(train)
-    if images < recipe.data.global_batch:
-        raise ConfigError(
-            "a cycle, and the distance between averaging points, must be at least a global batch"
-            f" ({recipe.data.global_batch} images), but is {float(images):.0f} of {len(train):,} training images."
-            " Lengthen `schedule.cycle_epochs`, or lower `average.points`."
-        )
-
-
-def _check_extension(recipe: Recipe, weights_sha256: str, data_digest: str) -> None:
-    """Raise ConfigError unless `extend_from` is a finished run of this recipe with fewer epochs."""
-    folder = open_folder(recipe.checkpoint.extend_from)
-    summary = folder.read_json(SUMMARY)
-    if summary is None:
-        raise ConfigError(
-            f"`checkpoint.extend_from` must be the folder of a finished run, but {folder.url} has no summary."
-        )
-    folder.pull(RECIPE)
-    theirs = config.load(folder.local / RECIPE)
-    after = tuple(n for n in recipe.average.also_after_epochs if n < theirs.optim.epochs)
-    shorter = {"optim.epochs": theirs.optim.epochs, "average.also_after_epochs": after}
-    if theirs.optim.epochs < recipe.optim.epochs:
-        wanted = config.replace(recipe, **shorter)
-        if config.run_key(wanted, weights_sha256, data_digest) == summary["run_key"]:
-            return
-    mine, other = (config.flatten(config.to_tree(r)) for r in (recipe, theirs))
-    differing = [name for name in mine if config.in_key(name) and name not in shorter and mine[name] != other.get(name)]
-    what = f"`{differing[0]}` differs" if differing else "its length, weights or data are others"
-    raise ConfigError(
-        f"`checkpoint.extend_from` must be a shorter run of the same recipe, weights and data, but for {folder.url}"
-        f" {what}."
-    )
-
-
 def _keep_weights(folder: Folder, weights: LocalWeights, name: str) -> None:
     """The starting weights in the run's folder, which all workers see; where they came from may be on this machine."""
     folder.pull(name)
@@ -290,10 +239,8 @@ def _keep_weights(folder: Folder, weights: LocalWeights, name: str) -> None:
         folder.push(name)
 
 
-def _open_spool(
-    job: Job, folder: Folder, recipe: Recipe, train: Index, val: Index, num_workers: int, display: Display
-) -> None:
-    """Begin the run's record, and its MLflow run if MLflow answers."""
+def _open_spool(job: Job, folder: Folder, recipe: Recipe, train: Index, val: Index, num_workers: int) -> None:
+    """Begin the run's record. The workers' rank 0 sends it: MLflow's being slow doesn't hold up the start."""
     spool = registry.spool_of(folder)
     spool.open(
         Target(
@@ -327,11 +274,6 @@ def _open_spool(
         {"kind": "status", "status": "RUNNING"},
         {"kind": "artifact", "name": RECIPE},
     )
-    tracking.configure_client()
-    try:
-        registry.send(folder)
-    except ServiceError as error:
-        display.say(f"warning: {error} The run goes on; what it has to say waits in {job.run_dir}.")
 
 
 def _decoding_threads(recipe: Recipe) -> int:
@@ -343,38 +285,43 @@ def _decoding_threads(recipe: Recipe) -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-class _Requested:
-    """Whether a stop request lies in the run's folder; looks every so many seconds, since a look may cost a request."""
-
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-        self._next = 0.0
-        self._found = False
-
-    def __call__(self) -> bool:
-        now = time.monotonic()
-        if not self._found and now >= self._next:
-            self._next = now + _LOOK_EVERY_SECONDS
-            with contextlib.suppress(SwaDistError, OSError):  # storage that is away for a moment is no reason to stop
-                self._found = self._folder.has(STOP_REQUEST)
-        return self._found
-
-
 def _never() -> bool:
     return False
 
 
-class _Nobody:
-    """The tracker of the workers that don't report."""
+@dataclass(frozen=True)
+class _Both:
+    """Rank 0's display: what people see is in its log too."""
+
+    log: WorkerLog
+    display: Display
+
+    def say(self, line: str) -> None:
+        self.log.say(line)
+        self.display.say(line)
 
     def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
-        pass
+        self.log.progress(phase, done, total, note)
+        self.display.progress(phase, done, total, note)
+
+    def close(self) -> None:
+        self.display.close()
+
+
+@dataclass(frozen=True)
+class _Quiet:
+    """The tracker of the workers that don't report: their logs alone."""
+
+    log: WorkerLog
+
+    def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
+        self.log.progress(phase, done, total, note)
 
     def publish(self, rows: object) -> None:
         pass
 
     def warn(self, message: str) -> None:
-        pass
+        self.log.say(f"warning: {message}")
 
-    def close(self) -> None:
+    def close(self, patience_seconds: float) -> None:
         pass

@@ -4,15 +4,15 @@ With registry.py the only importer of mlflow. A spool holds events in the order 
 so that sending one twice changes nothing; what could not be sent waits there for `swa-dist replay`.
 """
 
-import json
+import contextlib
 import logging
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TypeVar
 
 import mlflow
 import mlflow.data
@@ -22,147 +22,102 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 
 from swa_dist.errors import ServiceError, SwaDistError
 from swa_dist.service.progress import Display
-from swa_dist.storage.files import read_json, write_atomic, writing
+from swa_dist.service.spool import Event
+from swa_dist.service.spool import Spool as Spool
+from swa_dist.service.spool import Target as Target
 from swa_dist.training.state import Row
 
-Event = dict[str, Any]
+T = TypeVar("T")
 
 _METRICS_PER_REQUEST = 1000
 _PARAMS_PER_REQUEST = 100
 _DIGEST_CHARACTERS = 36  # the most that MLflow takes
 _RETRY_SECONDS = 15.0
-_TAIL_BYTES = 65_536  # longer than an event
+_PAUSES_SECONDS = (2.0, 4.0)
 
-# MLflow's own defaults hold a caller for minutes when its server is gone (7 retries, 120 s each).
+# MLflow's own defaults hold a caller for minutes when its server is gone (7 retries, 120 s each). And where an answer
+# was lost, its client's retry of create_run is a second run: it retries nothing, and who sends begins with a search.
 _CLIENT_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
-@dataclass(frozen=True)
-class Target:
-    """The MLflow run that a spool belongs to. The tags name it: it is found by them or made with them."""
-
-    uri: str
-    experiment: str
-    run_name: str
-    run_key: str
-    first_attempt: int
-    """The attempt that began this state: a run that was started over is another MLflow run."""
-
-
-SPOOL_FILES = ("spool.jsonl", "spool.sent.json", "spool.target.json")
-
-
-class Spool:
-    """A file of events, one JSON object a line, only ever appended to, and beside it the number sent.
-
-    `mirror` is called with the names of files that have changed: of a run on S3, it puts them there.
-    """
-
-    def __init__(self, folder: Path, mirror: Callable[[str], None] = lambda name: None) -> None:
-        self.folder = folder
-        self._mirror = mirror
-        self.events, self._sent, self._target = (folder / name for name in SPOOL_FILES)
-
-    def open(self, target: Target) -> None:
-        write_atomic(self._target, json.dumps(asdict(target), indent=1))
-        self._mirror(self._target.name)
-
-    @property
-    def target(self) -> Target:
-        facts = read_json(self._target)
-        if facts is None:
-            raise ServiceError(f"`RUN` must be the folder of a run, but {self.events.parent} has no spool.")
-        return Target(**facts)
-
-    def append(self, *events: Event) -> None:
-        with writing(self.events), self.events.open("ab+") as file:
-            _cut_half_line(file)
-            file.writelines((json.dumps(event) + "\n").encode() for event in events)
-            file.flush()
-            os.fsync(file.fileno())
-        self._mirror(self.events.name)
-
-    def read(self) -> list[Event]:
-        if not self.events.is_file():
-            return []
-        lines = self.events.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one short
-
-    @property
-    def num_sent(self) -> int:
-        return (read_json(self._sent) or {"num_sent": 0})["num_sent"]  # type: ignore[no-any-return]
-
-    def mark_sent(self, num_sent: int) -> None:
-        write_atomic(self._sent, json.dumps({"num_sent": num_sent}))
-        self._mirror(self._sent.name)
-
-    def waiting(self) -> list[Event]:
-        return self.read()[self.num_sent :]
-
-
-def _cut_half_line(file: BinaryIO) -> None:
-    """Cut off what a kill left of a last line: the next event must not be glued to it."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _TAIL_BYTES))
-    tail = file.read()
-    whole = tail.rfind(b"\n") + 1
-    if whole or size <= _TAIL_BYTES:
-        file.truncate(size - len(tail) + whole)
-
-
 class SpoolTracker:
-    """The tracker of a run: progress to a display, metrics to the spool, and a thread that sends them on."""
+    """The tracker of a run: progress to a display, metrics to the spool, and a thread that sends them on, first of all
+    what waits there already."""
 
     def __init__(self, spool: Spool, display: Display) -> None:
         self._spool = spool
         self._display = display
-        self._rows_spooled = sum(event["kind"] == "row" for event in spool.read())
+        self._saying = threading.Lock()
+        self._rows_spooled = _num_rows(spool)
         self._wake = threading.Event()
         self._closing = threading.Event()
+        if spool.waiting():
+            self._wake.set()
         self._thread = threading.Thread(target=self._send, name="mlflow-sender", daemon=True)
         self._thread.start()
 
     def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
-        self._display.progress(phase, done, total, note)
+        with self._saying:
+            self._display.progress(phase, done, total, note)
 
     def warn(self, message: str) -> None:
-        self._display.say(f"warning: {message}")
+        self._say(f"warning: {message}")
 
     def publish(self, rows: Sequence[Row]) -> None:
+        """From any thread, one at a time. Waits for the spool's storage, never for MLflow."""
         new = rows[self._rows_spooled :]
         if new:
             try:
                 self._spool.append(*({"kind": "row", **row} for row in new))
+                self._rows_spooled = len(rows)
             except (SwaDistError, OSError) as error:
-                self.warn(f"{error} The metrics are kept on this machine and in the checkpoint; the run goes on.")
-            self._rows_spooled = len(rows)
+                self.warn(f"{error} The metrics are kept in the checkpoint; the run goes on.")
+                with contextlib.suppress(OSError):  # those that the disk did not take come with the next
+                    self._rows_spooled = max(self._rows_spooled, _num_rows(self._spool))
             self._wake.set()
 
-    def close(self) -> None:
-        """Stop sending, within the time of one request. What is not sent waits in the spool."""
+    def close(self, patience_seconds: float) -> None:
+        """Stop sending, after the request under way, which is left to itself if it takes longer. What is not sent waits
+        in the spool."""
         self._closing.set()
         self._wake.set()
-        self._thread.join()
+        self._thread.join(patience_seconds)
 
     def _send(self) -> None:
         failing = False
-        while not self._closing.is_set():
-            self._wake.wait(timeout=_RETRY_SECONDS if failing else None)
+        while True:
+            if failing:
+                self._closing.wait(_RETRY_SECONDS)
+            else:
+                self._wake.wait()
             self._wake.clear()
             if self._closing.is_set():
                 return
+            failed: Exception | None = None
             try:
-                send(self._spool, {})
-                failing = False
-            except ServiceError as error:
-                if not failing:
-                    self.warn(f"{error} Metrics wait in {self._spool.events}; the run goes on.")
-                failing = True
+                send(self._spool, {}, self._closing.is_set)
+            except Exception as error:  # nothing may end this thread, or the run would tell MLflow nothing more
+                failed = error
+            if self._closing.is_set():
+                return
+            if failed and not failing:
+                self.warn(f"{failed} Metrics wait in {self._spool.events}; the run goes on.")
+            if failing and not failed:
+                self._say("MLflow answers again.")
+            failing = failed is not None
+
+    def _say(self, line: str) -> None:
+        with self._saying:
+            self._display.say(line)
+
+
+def _num_rows(spool: Spool) -> int:
+    return sum(event["kind"] == "row" for event in spool.read())
 
 
 def configure_client() -> None:
@@ -177,39 +132,60 @@ Handler = Callable[[mlflow.MlflowClient, str, Event, Path], None]
 """Takes a client, the id of the MLflow run, the event, and the folder of the run that the event is of."""
 
 
-def send(spool: Spool, handlers: dict[str, Handler]) -> str:
+def send(spool: Spool, handlers: dict[str, Handler], should_stop: Callable[[], bool] = lambda: False) -> str:
     """Send what waits, in order, up to an event of a kind that has no handler. Returns the MLflow run's id.
 
-    `handlers`: for kinds of events beyond those here.
+    `handlers`: for kinds of events beyond those here. `should_stop` is asked between requests.
 
     Raises ServiceError where MLflow can't be reached or refuses: what was sent until then is not sent again.
     """
     target = spool.target
     try:
-        client = mlflow.MlflowClient(tracking_uri=target.uri, registry_uri=target.uri)
-        run_id = find_or_create_run(client, target)
-        sent = spool.num_sent
-        waiting = spool.waiting()
-        handlers = _HANDLERS | handlers
-        while waiting:
-            kind = waiting[0]["kind"]
-            count = 1
-            if kind == "row":
-                while count < len(waiting) and waiting[count]["kind"] == "row" and count < _METRICS_PER_REQUEST // 10:
-                    count += 1
-                _log_rows(client, run_id, waiting[:count])
-            elif kind in handlers:
-                handlers[kind](client, run_id, waiting[0], spool.folder)
-            else:
-                break
-            sent += count
-            spool.mark_sent(sent)
-            waiting = waiting[count:]
+        with spool.one_sender():
+            client = mlflow.MlflowClient(tracking_uri=target.uri, registry_uri=target.uri)
+            run_id = find_or_create_run(client, target)
+            _send_waiting(spool, client, run_id, _HANDLERS | handlers, should_stop)
     except SwaDistError:
         raise
     except Exception as error:  # a database, a driver, a bucket: whatever MLflow is made of
         raise unanswered(target.uri, error) from error
     return run_id
+
+
+def _send_waiting(
+    spool: Spool,
+    client: mlflow.MlflowClient,
+    run_id: str,
+    handlers: dict[str, Handler],
+    should_stop: Callable[[], bool],
+) -> None:
+    sent = spool.num_sent
+    waiting = spool.waiting()
+    while waiting and not should_stop():
+        kind = waiting[0]["kind"]
+        count = 1
+        if kind == "row":
+            while count < len(waiting) and waiting[count]["kind"] == "row" and count < _METRICS_PER_REQUEST // 10:
+                count += 1
+            _log_rows(client, run_id, waiting[:count])
+        elif kind in handlers:
+            if kind == "artifact":
+                spool.fetch(waiting[0]["name"])
+            handlers[kind](client, run_id, waiting[0], spool.folder)
+        else:
+            break
+        sent += count
+        spool.mark_sent(sent)
+        waiting = waiting[count:]
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """What `ask` returns; after a ServiceError it is asked again, twice, seconds later. For what may be done again."""
+    for pause in _PAUSES_SECONDS:
+        with contextlib.suppress(ServiceError):
+            return ask()
+        time.sleep(pause)
+    return ask()
 
 
 def unanswered(uri: str, error: Exception) -> ServiceError:
@@ -218,7 +194,7 @@ def unanswered(uri: str, error: Exception) -> ServiceError:
 
 
 def find_or_create_run(client: mlflow.MlflowClient, target: Target) -> str:
-    """The id of the run that has the target's tags, which is made if there is none."""
+    """The id of the oldest run that has the target's tags; one is made if there is none."""
     experiment = client.get_experiment_by_name(target.experiment)
     experiment_id = (
         experiment.experiment_id
@@ -226,12 +202,12 @@ def find_or_create_run(client: mlflow.MlflowClient, target: Target) -> str:
         else client.create_experiment(target.experiment, artifact_location=_artifact_location(target))
     )
     tags = {"swa.run_key": target.run_key, "swa.first_attempt": str(target.first_attempt)}
-    found = client.search_runs(
-        [experiment_id], filter_string=" and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-    )
-    if found:
-        return str(found[0].info.run_id)
-    return str(client.create_run(experiment_id, tags=tags, run_name=target.run_name).info.run_id)
+    filter_string = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    found = list(client.search_runs([experiment_id], filter_string))
+    if not found:
+        made = client.create_run(experiment_id, tags=tags, run_name=target.run_name)
+        found = [made, *client.search_runs([experiment_id], filter_string)]  # a lost answer's may have come to be
+    return str(min(found, key=lambda run: (run.info.start_time, run.info.run_id)).info.run_id)
 
 
 def _artifact_location(target: Target) -> str | None:

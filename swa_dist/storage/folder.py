@@ -130,6 +130,18 @@ class Folder:
     def has(self, name: str) -> bool:
         return self.remote.has(name) if self.remote is not None else (self.local / name).exists()
 
+    def age_seconds(self, name: str) -> float:
+        """Since the file was written, by the storage's own clock; 0 where there is none. Of S3 to a second or so."""
+        if self.remote is not None:
+            seen = self.remote.look(name)
+            return 0.0 if seen is None else seen.age_seconds
+        try:
+            written = (self.local / name).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+        with files.writing(self.local), tempfile.TemporaryFile(dir=self.local) as now:
+            return os.fstat(now.fileno()).st_mtime - written
+
     def remove(self, name: str) -> None:
         with files.writing(self.local / name):
             (self.local / name).unlink(missing_ok=True)

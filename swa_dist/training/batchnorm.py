@@ -42,12 +42,26 @@ class RunningStatistics:
             self._decaying.setdefault(layer.momentum, []).extend([layer.running_mean, layer.running_var])
             assert layer.num_batches_tracked is not None
             self._counts.append(layer.num_batches_tracked)
+        self._buffers = [b for group in self._decaying.values() for b in group]
+        self._before = [b.clone() for b in self._buffers + self._counts]
 
     @torch.no_grad()
     def split(self) -> None:
         """Begin: rank 0 keeps what all workers have, the others' parts are nothing."""
         if self._world.rank != 0:
-            torch._foreach_zero_([b for group in self._decaying.values() for b in group] + self._counts)
+            torch._foreach_zero_(self._buffers + self._counts)
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Before a step: what `undo` goes back to."""
+        if self._before:
+            torch._foreach_copy_(self._before, self._buffers + self._counts)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """As it was at `remember`, bit for bit."""
+        if self._before:
+            torch._foreach_copy_(self._buffers + self._counts, self._before)
 
     @torch.no_grad()
     def skip(self, num_groups: int) -> None:
@@ -59,13 +73,42 @@ class RunningStatistics:
     @torch.no_grad()
     def settle(self) -> None:
         """Collective: end; every worker has the statistics of all."""
-        buffers = [b for group in self._decaying.values() for b in group]
-        if not buffers or self._world.size == 1:
+        if self._buffers and self._world.size > 1:
+            self._write(self._world.sum_(self._flat()), self._world.sum_(torch.stack(self._counts)))
+
+    @torch.no_grad()
+    def parts(self) -> dict[str, Tensor]:
+        """Collective: all workers' parts, between `split` and `settle`: "statistics" float32 [workers, values] and
+        "counts" int64 [workers, layers], on the CPU. The sum in another order has other bits, so it won't do."""
+        if not self._buffers:
+            return {}
+        gathered = {}
+        for name, own in (("statistics", self._flat()), ("counts", torch.stack(self._counts))):
+            places = torch.zeros(self._world.size, *own.shape, dtype=own.dtype, device=own.device)
+            places[self._world.rank] = own
+            gathered[name] = self._world.sum_(places).cpu()
+        return gathered
+
+    @torch.no_grad()
+    def restore(self, parts: dict[str, Tensor]) -> None:
+        """In place of `split`: go on from `parts`. For another number of workers rank 0 gets all of it."""
+        if not self._buffers:
             return
-        flat = self._world.sum_(torch.cat([b.flatten() for b in buffers]))
-        for buffer, values in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
+        statistics, counts = parts["statistics"], parts["counts"]
+        if len(statistics) == self._world.size:
+            self._write(statistics[self._world.rank], counts[self._world.rank])
+        else:
+            self._write(statistics.sum(0), counts.sum(0))
+            self.split()
+
+    def _flat(self) -> Tensor:
+        return torch.cat([b.flatten() for b in self._buffers])
+
+    def _write(self, statistics: Tensor, counts: Tensor) -> None:
+        for buffer, values in zip(
+            self._buffers, torch.split(statistics, [b.numel() for b in self._buffers]), strict=True
+        ):
             buffer.copy_(values.view_as(buffer))
-        counts = self._world.sum_(torch.stack(self._counts))
         for count, value in zip(self._counts, counts, strict=True):
             count.copy_(value)
 

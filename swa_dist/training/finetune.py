@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swa_dist import models
 from swa_dist.config import Recipe
-from swa_dist.data.order import Loaders
+from swa_dist.data.order import Batch, Group, Loaders, Span, Transforms
 from swa_dist.errors import CheckpointError, NumericsError
 from swa_dist.method.averaging import parameters_of
 from swa_dist.storage.store import Store
@@ -21,6 +21,8 @@ from swa_dist.training.ports import Ports, Tracker
 from swa_dist.training.recalibrate import recalibrate_as
 from swa_dist.training.state import TrainState, load_entry, save_entry
 from swa_dist.training.world import World, broadcast_tensors, on_rank_zero
+
+_LOOK_EVERY_GROUPS = 8
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def finetune(
 ) -> dict[str, Candidate]:
     """Run the recipe, from wherever its store got to. `recipe.model.weights` must be a local file, or models.RANDOM.
 
-    Collective; rank 0 alone uses `store` and `tracker`, and any worker may ask to stop. Returns the scored candidates
+    Collective; rank 0 alone uses `store`, and any worker may ask to stop. Returns the scored candidates
     by name. Raises Stopped, after a checkpoint was committed, where it was asked to stop, and DataError before any
     training where the starting weights are not what they are known to be.
     """
@@ -73,6 +75,38 @@ def finetune(
         make = functools.partial(_averaged, ports, name, mean)
         candidates[name] = score(name, make, recalibrated=True, average=facts)
     return candidates
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """The loaders of a phase that is done anew if it is interrupted: they look whether the run is to stop."""
+
+    ports: Ports
+
+    @property
+    def num_train(self) -> int:
+        return self.ports.loaders.num_train
+
+    @property
+    def num_val(self) -> int:
+        return self.ports.loaders.num_val
+
+    def train(self, epoch: int, start: int) -> Iterator[Batch]:
+        return self.ports.loaders.train(epoch, start)
+
+    def recalibration(self, span: Span, transforms: Transforms) -> Iterator[Group]:
+        return self._looking(self.ports.loaders.recalibration(span, transforms), span.stop - span.start)
+
+    def validation(self) -> Iterator[Group]:
+        return self._looking(self.ports.loaders.validation(), self.num_val)
+
+    def _looking(self, groups: Iterator[Group], num_images: int) -> Iterator[Group]:
+        """Collective, at groups that every worker has: some have one more than others."""
+        everyones = num_images // self.ports.recipe.data.group_images // self.ports.world.size
+        for number, group in enumerate(groups):
+            if number < everyones and number % _LOOK_EVERY_GROUPS == 0 and self.ports.asked_to_stop():
+                self.ports.stop(None)
+            yield group
 
 
 def _start(ports: Ports) -> nn.Module:
@@ -99,11 +133,11 @@ def _score(ports: Ports, name: str, make: Callable[[], nn.Module], *, recalibrat
         return found
     if ports.asked_to_stop():
         ports.stop(None)
-    model = make()
+    model, loaders = make(), _Watched(ports)
     if recalibrated:
         began = time.monotonic()
         report = recalibrate_as(
-            ports.recipe, model, ports.loaders, ports.world, functools.partial(ports.progress, f"recalibrate {name}")
+            ports.recipe, model, loaders, ports.world, functools.partial(ports.tracker.progress, f"recalibrate {name}")
         )
         if report.num_layers == 0:
             on_rank_zero(ports.world, lambda: ports.tracker.warn(f"{name} has no BatchNorm to recalibrate."))
@@ -111,11 +145,11 @@ def _score(ports: Ports, name: str, make: Callable[[], nn.Module], *, recalibrat
     began = time.monotonic()
     outcomes = evaluate(
         model,
-        ports.loaders.validation(),
+        loaders.validation(),
         ports.loaders.num_val,
         ports.recipe,
         ports.world,
-        functools.partial(ports.progress, f"evaluate {name}"),
+        functools.partial(ports.tracker.progress, f"evaluate {name}"),
     )
     facts["evaluation"] = {"num_images": ports.loaders.num_val, "seconds": time.monotonic() - began}
     candidate = Candidate(name=name, outcomes=outcomes, facts=facts)

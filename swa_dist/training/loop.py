@@ -26,6 +26,8 @@ class StepInfo:
     lr: float
     tally: Tensor
     """This worker's [sum of losses, correct, images] of the step, float64, on its device."""
+    skipped: str | None
+    """Why the step was not taken: the weights, the momentum and BatchNorm are as before it. None: it was."""
 
 
 def steps(
@@ -40,8 +42,8 @@ def steps(
     """Train on `batches`, one optimizer step for each. `network` is `state.model` as `world.wrap` gave it.
 
     With `average.sync: local` it is `state.model` itself: each worker steps on the mean over its own share of
-    the batch, or not at all if it has none. Otherwise collective. `running` must be split; the caller settles it before
-    BatchNorm's running statistics are read.
+    the batch, or not at all if it has none; in any case collective. `running` must be split; the caller settles it
+    before BatchNorm's running statistics are read.
     """
     local = recipe.average.sync == "local"
     for batch in batches:
@@ -50,6 +52,7 @@ def steps(
         for parameters in state.optimizer.param_groups:
             parameters["lr"] = lr * parameters["lr_multiplier"]
         tally = torch.zeros(3, dtype=torch.float64, device=world.device)
+        running.remember()
         if local:
             weight = 1 / max(1, sum(len(group.labels) for group in batch.groups))
         else:
@@ -76,11 +79,15 @@ def steps(
         running.skip(batch.num_groups - len(batch.groups) - others)
         if not batch.groups and not local:
             take_part(state.model, network, recipe, world)
-        if batch.groups or not local:
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        skipped = state.guard.refuses(world, start, tally[0], gradients)
+        if skipped is not None:
+            running.undo()
+        elif gradients:
             state.optimizer.step()
-            state.optimizer.zero_grad()
+        state.optimizer.zero_grad()
         state.position = stop
-        yield StepInfo(start=start, stop=stop, lr=lr, tally=tally)
+        yield StepInfo(start=start, stop=stop, lr=lr, tally=tally, skipped=skipped)
 
 
 def take_part(model: nn.Module, network: nn.Module, recipe: Recipe, world: World) -> None:

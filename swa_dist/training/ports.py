@@ -15,20 +15,21 @@ from swa_dist.training.world import World
 
 
 class Tracker(Protocol):
-    """Where a run reports to. Called on rank 0; must neither raise nor wait."""
+    """Where a worker reports to. Called on rank 0 unless said otherwise; must neither raise nor wait."""
 
     def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
-        """A phase ("train") has come so far, in images."""
+        """On every worker: a phase ("train") has come so far, in images."""
 
     def publish(self, rows: Sequence[Row]) -> None:
-        """All metrics so far, each covered by a committed checkpoint. A row that was published before is the same."""
+        """All metrics so far, each covered by a committed checkpoint. A row that was published before is the same.
+        From the thread that writes checkpoints, one call at a time."""
 
     def warn(self, message: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Everything of a run that is not its state. Rank 0 alone uses `store` and `tracker`."""
+    """Everything of a run that is not its state. Rank 0 alone uses `store`."""
 
     recipe: Recipe
     world: World
@@ -42,14 +43,13 @@ class Ports:
         """Whether each worker trains by itself."""
         return self.recipe.average.sync == "local"
 
-    def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
-        if self.world.rank == 0:
-            self.tracker.progress(phase, done, total, note)
+    def any_worker(self, *flags: bool) -> list[bool]:
+        """Collective: for each flag whether it is set on any worker; the same answers on all."""
+        return [bool(n) for n in self.world.max_(torch.tensor(flags, dtype=torch.uint8, device=self.world.device))]
 
     def asked_to_stop(self) -> bool:
         """Collective: whether any worker was asked to stop; the same answer on all."""
-        asked = torch.tensor(int(self.should_stop()), device=self.world.device)
-        return bool(self.world.max_(asked))
+        return self.any_worker(self.should_stop())[0]
 
     def stop(self, position: int | None) -> NoReturn:
         """End the run, which has committed what it did."""

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from swa_dist.errors import CheckpointError
 from swa_dist.storage.store import Store
 from swa_dist.training.averages import Averages, Parts
+from swa_dist.training.guard import Guard
 
-SCHEMA = 2
+SCHEMA = 3
 
 _SUFFIX = ".safetensors"
 _FACTS = "facts.json"
@@ -28,17 +29,23 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.SGD
     averages: Averages
+    guard: Guard
     position: int = 0
     """Images of the run so far, over all epochs."""
     rows: list[Row] = field(default_factory=list)
     """The metrics of all steps so far."""
     seconds: float = 0.0
     """Time spent training so far, over all attempts."""
+    running: dict[str, Tensor] = field(default_factory=dict)
+    """Within an epoch: all workers' parts of BatchNorm's running statistics (`RunningStatistics.parts`)."""
+    tallies: dict[str, list[float]] = field(default_factory=dict)
+    """Within an epoch: the sums over all workers that its next metrics begin with."""
     world_sizes: list[int] = field(default_factory=list)
     """The number of workers of each attempt that committed; more than one value: the run is not bitwise repeatable."""
 
     def parts(self) -> Parts:
-        return self.own_parts() | self.averages.parts()
+        running = {"running": self.running} if self.running else {}
+        return self.own_parts() | self.averages.parts() | running
 
     def own_parts(self) -> Parts:
         """What the workers don't share where each trains by itself."""
@@ -49,9 +56,11 @@ class TrainState:
             "schema": SCHEMA,
             "position": self.position,
             "averages": self.averages.facts(),
-            "rows": self.rows,
+            "rows": list(self.rows),
             "seconds": self.seconds,
-            "world_sizes": self.world_sizes,
+            "tallies": self.tallies,
+            "guard": self.guard.facts(),
+            "world_sizes": list(self.world_sizes),
         }
 
     def restore(self, parts: Parts, facts: dict[str, Any]) -> None:
@@ -69,6 +78,9 @@ class TrainState:
         self.position = facts["position"]
         self.rows = list(facts["rows"])
         self.seconds = facts["seconds"]
+        self.running = parts.get("running", {})
+        self.tallies = facts["tallies"]
+        self.guard.restore(facts["guard"])
         self.world_sizes = list(facts["world_sizes"])
 
     def _momentum(self) -> dict[str, Tensor]:

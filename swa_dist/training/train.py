@@ -13,17 +13,16 @@ from swa_dist.errors import NumericsError
 from swa_dist.method import schedule as schedules
 from swa_dist.method.averaging import buffers_of, first_non_finite, parameters_of
 from swa_dist.method.schedule import Schedule, crosses
-from swa_dist.training import checkpoints, loop, replicas
+from swa_dist.training import loop, replicas
 from swa_dist.training.batchnorm import RunningStatistics
+from swa_dist.training.checkpoints import Checkpoints
 from swa_dist.training.ports import Ports
 from swa_dist.training.state import TrainState
 from swa_dist.training.world import World, agree
 
-_STOP_EVERY_STEPS = 10
-
 
 def train(ports: Ports, state: TrainState) -> None:
-    """Collective: all epochs from where `state` is, a checkpoint at the end of each."""
+    """Collective: all epochs from where `state` is. Returns once its last checkpoint is committed."""
     recipe, world, num_train = ports.recipe, ports.world, ports.loaders.num_train
     end = recipe.optim.epochs * num_train
     if state.position >= end:
@@ -35,47 +34,84 @@ def train(ports: Ports, state: TrainState) -> None:
     if state.position % num_train == 0:
         state.averages.epoch_ended(state.position // num_train)
     running, tallies = RunningStatistics(state.model, world), _Tallies(world)
-    while state.position < end:
-        _epoch(ports, state, network, running, tallies, end)
-        checkpoints.commit(ports, state)
-        if state.position < end and ports.asked_to_stop():
-            ports.stop(state.position)
+    with Checkpoints(ports) as checkpoints:
+        while state.position < end:
+            _epoch(ports, state, network, running, tallies, checkpoints, end)
+            checkpoints.save(state)
+        checkpoints.settle()
 
 
 def _epoch(
-    ports: Ports, state: TrainState, network: nn.Module, running: RunningStatistics, tallies: "_Tallies", end: int
+    ports: Ports,
+    state: TrainState,
+    network: nn.Module,
+    running: RunningStatistics,
+    tallies: "_Tallies",
+    checkpoints: Checkpoints,
+    end: int,
 ) -> None:
     recipe, world, num_train = ports.recipe, ports.world, ports.loaders.num_train
     epoch = state.position // num_train
-    batches = ports.loaders.train(epoch, state.position - epoch * num_train)
+    begin = epoch * num_train
+    batches = ports.loaders.train(epoch, state.position - begin)
     schedule = learning_rate(recipe, num_train)
-    tallies.begin_epoch()
-    running.split()
-    steps = loop.steps(state, network, running, batches, schedule, recipe, world)
-    for number, info in enumerate(steps, start=1):
-        tallies.add(info.tally)
+    _begin(state, running, tallies)
+    for info in loop.steps(state, network, running, batches, schedule, recipe, world):
+        if info.skipped is None:
+            tallies.add(info.tally)
+        else:
+            _skipped(ports, state, info)
         _average(ports, state, info)
-        last = info.stop == (epoch + 1) * num_train
-        if last or number % recipe.tracking.log_every_steps == 0:
-            _row(ports, state, tallies.take_steps() | {"train/lr": info.lr})
+        last = info.stop == begin + num_train
+        if last or math.ceil((info.stop - begin) / recipe.data.global_batch) % recipe.tracking.log_every_steps == 0:
+            _row(ports, state, tallies.take_steps() | {"train/lr": info.lr, "train/skipped": len(state.guard.skipped)})
         note = f"epoch {epoch + 1}/{recipe.optim.epochs}, learning rate {info.lr:.2g}, {tallies.loss}"
-        ports.progress("train", info.stop, end, note)
-        if not last and number % _STOP_EVERY_STEPS == 0 and ports.asked_to_stop():
-            running.settle()
-            state.seconds += tallies.seconds
-            checkpoints.commit(ports, state)
+        ports.tracker.progress("train", info.stop, end, note)
+        stop, save, failed = ports.any_worker(ports.should_stop(), checkpoints.due, checkpoints.failed)
+        if failed:
+            checkpoints.settle()
+        if not last and (stop or save):
+            state.running, state.tallies = running.parts(), tallies.facts()
+            checkpoints.save(state)
+        if stop and not last:
+            checkpoints.settle()
             ports.stop(state.position)
     running.settle()
     state.seconds += tallies.seconds
+    state.running, state.tallies = {}, {}
     state.averages.epoch_ended(epoch + 1)
     _row(ports, state, tallies.take_epoch())
+
+
+def _begin(state: TrainState, running: RunningStatistics, tallies: "_Tallies") -> None:
+    """An epoch, or what a checkpoint within it left of it."""
+    tallies.begin_epoch(state.tallies)
+    if state.running:
+        running.restore(state.running)
+    else:
+        running.split()
+
+
+def _skipped(ports: Ports, state: TrainState, info: loop.StepInfo) -> None:
+    """Collective: say that a step was not taken, and whose loss is to blame; end the run where it is one of many."""
+    where = f"at image {info.start} (epoch {info.start / ports.loaders.num_train:.2f})"
+    losses = ports.world.gather(bool(torch.isfinite(info.tally[0])))
+    blame = [rank for rank, finite in enumerate(losses) if not finite]
+    whose = f" The loss is not finite on rank {', '.join(map(str, blame))}." if blame else ""
+    if ports.world.rank == 0:
+        ports.tracker.warn(f"{where} no step was taken: {info.skipped}.{whose}")
+    if state.guard.exhausted:
+        raise NumericsError(
+            f"gradients must be usable, but {state.guard.in_a_row} in a row were not, up to that {where}:"
+            f" {info.skipped}.{whose} The last good checkpoint is kept; lower the learning rate, or look at the images."
+        )
 
 
 def _average(ports: Ports, state: TrainState, info: loop.StepInfo) -> None:
     """Collective: what the averages take from a step, and the meeting of replicas that train by themselves."""
     recipe, num_train = ports.recipe, ports.loaders.num_train
     after_start = info.stop > recipe.average.start_epoch * num_train
-    if after_start:
+    if after_start and info.skipped is None:
         state.averages.step(state.model, info.stop, (info.stop - info.start) / recipe.data.global_batch)
     if after_start and crosses(info.start, info.stop, recipe.averaging_epochs * num_train):
         _collect(ports, state)
@@ -163,35 +199,57 @@ class _Tallies:
         self._world = world
         self.loss = "no loss yet"
         """As of the last row, over all workers; for people."""
-        self.begin_epoch()
+        self.begin_epoch({})
 
-    def begin_epoch(self) -> None:
-        self._steps = torch.zeros(3, dtype=torch.float64, device=self._world.device)
-        self._epoch = torch.zeros_like(self._steps)
-        self._began = self._row_began = time.monotonic()
+    def begin_epoch(self, facts: dict[str, list[float]]) -> None:
+        """`facts`: those of the part of the epoch that an earlier attempt did; {} where it begins."""
+        mine = facts if self._world.rank == 0 else {}  # they are of all workers together
+        steps, epoch = mine.get("steps", [0.0] * 3), facts.get("epoch", [0.0] * 3)
+        self._steps = torch.tensor(steps, dtype=torch.float64, device=self._world.device)
+        self._epoch = torch.tensor(epoch, dtype=torch.float64, device=self._world.device)
+        of_epoch, of_row = facts.get("seconds", [0.0, 0.0])
+        now = time.monotonic()
+        self._began, self._row_began = now - of_epoch, now - of_row
+
+    def facts(self) -> dict[str, list[float]]:
+        """Collective: what `begin_epoch` goes on from."""
+        now = time.monotonic()
+        return {
+            "steps": self._world.sum_(self._steps.clone()).tolist(),
+            "epoch": self._epoch.tolist(),
+            "seconds": [now - self._began, now - self._row_began],
+        }
 
     @property
     def seconds(self) -> float:
+        """Since the epoch began, without what lay between attempts."""
         return time.monotonic() - self._began
 
     def add(self, tally: Tensor) -> None:
         self._steps += tally
 
     def take_steps(self) -> dict[str, float]:
-        """Collective: metrics of the steps since the last time."""
+        """Collective: metrics of the steps since the last time; none where all of them were skipped."""
         self._world.sum_(self._steps)
         self._epoch += self._steps
         loss, correct, images = self._steps.tolist()
         self._steps.zero_()
         now = time.monotonic()
-        rate = images / (now - self._row_began)
-        self._row_began = now
+        seconds, self._row_began = now - self._row_began, now
+        if not images:
+            return {}
         self.loss = f"loss {loss / images:.3f}"
-        return {"train/loss": loss / images, "train/top1": 100 * correct / images, "train/images_per_second": rate}
+        return {
+            "train/loss": loss / images,
+            "train/top1": 100 * correct / images,
+            "train/images_per_second": images / seconds,
+        }
 
     def take_epoch(self) -> dict[str, float]:
-        """Metrics of the epoch, or what a restart left of it. After `take_steps`."""
+        """Metrics of the epoch. After `take_steps`."""
         loss, correct, images = self._epoch.tolist()
+        if not images:
+            return {}
         return {
             "epoch/loss": loss / images,
             "epoch/top1": 100 * correct / images,

@@ -77,13 +77,14 @@ class SoloWorld:
 class TorchWorld:
     """The processes of torch.distributed's default group, which must be initialised."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+        """`timeout_seconds`: how long a worker waits for the others. Of the default group it is the caller's to set."""
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.device = device
         # Plain values go by gloo, beside the GPUs. Waiting for hours is for what one worker does alone at the start
         # and the end; elsewhere a worker that stays away is a fault.
-        self._plain: Any = dist.new_group(backend="gloo")
+        self._plain: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._patient: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def join_from_environment(device: torch.device, timeout_seconds: int) -> TorchWo
     dist.init_process_group(
         backend, timeout=timedelta(seconds=timeout_seconds), device_id=device if device.type == "cuda" else None
     )
-    return TorchWorld(device)
+    return TorchWorld(device, timeout_seconds)
 
 
 def pin_arithmetic(device: torch.device) -> None:

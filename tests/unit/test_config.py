@@ -33,6 +33,7 @@ KINDS = {
 
 # A valid other value for every field that decides the result.
 OTHER = {
+    "guard.spike_factor": 50.0,
     "seed": 1,
     "precision": "bf16",
     "model.arch": "resnet34",
@@ -96,6 +97,13 @@ ELSEWHERE = {
     "evaluate.published_top1": 76.1,
     "evaluate.preflight": "warn",
     "checkpoint.keep_last": 5,
+    "checkpoint.interval_seconds": 60.0,
+    "checkpoint.keep_epochs": 2,
+    "checkpoint.mean_hours_between_failures": 100.0,
+    "guard.max_skips_in_a_row": 3,
+    "retention.checkpoints": "all",
+    "retention.run_days": 30,
+    "retention.spools": "unsent",
     "checkpoint.extend_from": "/mnt/runs/swa-0123456789ab",
     "tracking.uri": "https://mlflow.example:5000",
     "tracking.experiment": "another",

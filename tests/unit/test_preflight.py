@@ -12,7 +12,7 @@ from swa_dist import config
 from swa_dist.config import Recipe
 from swa_dist.data.index import Index
 from swa_dist.errors import DataError, ExitCode
-from swa_dist.service import run
+from swa_dist.service import checks
 from swa_dist.training.preflight import check
 
 PUBLISHED = 76.13
@@ -150,7 +150,7 @@ TRAIN, VAL = (1_281_167, 1000), (50_000, 1000)
 
 
 def test_imagenet_as_it_is_passes() -> None:
-    assert run._check_imagenet(index(*TRAIN), index(*VAL)) is None
+    assert checks._check_imagenet(index(*TRAIN), index(*VAL)) is None
 
 
 @pytest.mark.parametrize(
@@ -168,5 +168,5 @@ def test_imagenet_with_anything_missing_is_refused_with_what_to_do(
     train: tuple[int, int], val: tuple[int, int], named: str
 ) -> None:
     with pytest.raises(DataError, match=r"Complete it, or set `data\.kind=other`") as caught:
-        run._check_imagenet(index(*train), index(*val))
+        checks._check_imagenet(index(*train), index(*val))
     assert named in str(caught.value)

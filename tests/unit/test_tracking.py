@@ -12,8 +12,11 @@ import mlflow
 import pytest
 
 from swa_dist.errors import ExitCode, ServiceError
-from swa_dist.service import tracking
-from swa_dist.service.tracking import Spool, SpoolTracker, Target
+from swa_dist.service import registry, tracking
+from swa_dist.service import spool as spool_module
+from swa_dist.service.spool import Spool, Target
+from swa_dist.service.tracking import SpoolTracker
+from swa_dist.storage.folder import open_folder
 
 SETTINGS = (
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
@@ -97,6 +100,11 @@ def rows(count):
     return [row(64 * i, **{"train/loss": 1 / i, "train/lr": 0.1 * i}) for i in range(1, count + 1)]
 
 
+def forget_sent(spool, num_sent):
+    """As if no more had been sent: a number that a kill kept from being written."""
+    (spool.folder / "spool.sent.json").write_text(json.dumps({"num_sent": num_sent}))
+
+
 def event(row):
     return {"kind": "row", **row}
 
@@ -129,7 +137,7 @@ def test_a_spool_that_is_sent_twice_gives_each_metric_once(spool, client, sent_b
     run_id = tracking.send(spool, {})
     first = history(client, run_id, "train/loss"), history(client, run_id, "train/lr")
     assert len(first[0]) == 10
-    spool.mark_sent(sent_before)
+    forget_sent(spool, sent_before)
     assert tracking.send(spool, {}) == run_id
     assert (history(client, run_id, "train/loss"), history(client, run_id, "train/lr")) == first
 
@@ -162,6 +170,60 @@ def test_sending_nothing_makes_the_run(spool, client):
     assert [run.info.run_id for run in runs(client)] == [run_id]
 
 
+def test_two_senders_at_once_send_each_row_once_to_one_run(spool, client):
+    """A thread that was left behind and the one after it; a run and `swa-dist replay`."""
+    everything = rows(400)
+    spool.append(*map(event, everything[:300]))
+    start, found = threading.Barrier(3), []
+
+    def sender():
+        own = Spool(spool.folder)
+        start.wait()
+        for _ in range(3):
+            found.append(tracking.send(own, {}))
+
+    senders = [threading.Thread(target=sender) for _ in range(2)]
+    for thread in senders:
+        thread.start()
+    start.wait()
+    spool.append(*map(event, everything[300:]))
+    for thread in senders:
+        thread.join()
+    tracking.send(spool, {})
+    (run,) = runs(client)
+    assert found == [run.info.run_id] * 6
+    expected = [(r["position"], r["metrics"]["train/loss"], r["time_ms"]) for r in everything]
+    assert history(client, run.info.run_id, "train/loss") == expected
+    assert (spool.num_sent, spool.waiting()) == (400, [])
+
+
+def test_two_senders_at_once_hand_over_each_model_once(spool):
+    handled, start = [], threading.Barrier(2)
+
+    def handler(client, run_id, event, folder):
+        time.sleep(0.1)
+        handled.append(event["n"])
+
+    def sender():
+        start.wait()
+        tracking.send(Spool(spool.folder), {"model": handler})
+
+    spool.append(*({"kind": "model", "n": n} for n in range(3)))
+    senders = [threading.Thread(target=sender) for _ in range(2)]
+    for thread in senders:
+        thread.start()
+    for thread in senders:
+        thread.join()
+    assert handled == [0, 1, 2]
+
+
+def test_a_sender_does_not_wait_for_good_for_another(spool, monkeypatch):
+    monkeypatch.setattr(spool_module, "_LOCK_SECONDS", 0.3)
+    with spool.one_sender(), pytest.raises(ServiceError, match="by one process at a time"):
+        tracking.send(Spool(spool.folder), {})
+    tracking.send(Spool(spool.folder), {})
+
+
 # The run
 
 
@@ -184,6 +246,14 @@ def test_another_first_attempt_or_key_is_another_run(spool, client, uri, tmp_pat
     other_id = tracking.send(elsewhere, {})
     assert {run.info.run_id for run in runs(client)} == {run_id, other_id}
     assert other_id != run_id
+
+
+def test_of_two_runs_with_the_tags_it_is_the_older_one(spool, client):
+    """The answer to the first create_run was lost, and somebody's settings make the client repeat it."""
+    experiment = client.create_experiment("digits")
+    tags = {"swa.run_key": "k" * 64, "swa.first_attempt": "1"}
+    made = [client.create_run(experiment, start_time=t, tags=tags).info.run_id for t in (3000, 1000, 2000)]
+    assert tracking.send(spool, {}) == made[1]
 
 
 def test_params_tags_and_data_sets_with_their_digests_arrive(spool, client, tmp_path):
@@ -214,7 +284,7 @@ def test_a_start_that_is_sent_twice_changes_nothing(spool, client, tmp_path):
     datasets = {"train": {"source": tmp_path.as_uri(), "name": "digits-train", "digest": "a" * 64}}
     spool.append({"kind": "start", "params": {"seed": 0}, "datasets": datasets})
     before = client.get_run(tracking.send(spool, {}))
-    spool.mark_sent(0)
+    forget_sent(spool, 0)
     after = client.get_run(tracking.send(spool, {}))
     assert (after.data.params, len(after.inputs.dataset_inputs)) == (before.data.params, 1)
 
@@ -236,6 +306,17 @@ def test_a_file_arrives_as_an_artifact_beside_the_database(spool, client, tmp_pa
     fetched = client.download_artifacts(run_id, "recipe.yaml", str(tmp_path / "fetched"))
     assert Path(fetched).read_text() == "name: small\n"
     assert client.get_run(run_id).info.artifact_uri.startswith((tmp_path / "mlruns").as_uri())
+
+
+def test_a_file_is_fetched_from_where_the_run_is_before_it_is_sent(spool, client, tmp_path):
+    """A run's folder on S3: the worker that sends has a folder of its own."""
+
+    def fetch(name):
+        (spool.folder / name).write_text("name: small\n")
+
+    spool.append({"kind": "artifact", "name": "recipe.yaml"})
+    run_id = tracking.send(Spool(spool.folder, fetch=fetch), {})
+    assert [found.path for found in client.list_artifacts(run_id)] == ["recipe.yaml"]
 
 
 def test_events_are_handled_in_order_and_one_that_fails_stops_those_after_it(spool, client):
@@ -287,6 +368,29 @@ def test_what_is_written_after_a_half_written_line_is_read(spool):
     again = Spool(spool.events.parent)
     again.append({"kind": "tags", "tags": {}})
     assert again.read() == [*map(event, rows(2)), {"kind": "tags", "tags": {}}]
+
+
+def test_writers_at_once_leave_whole_lines(spool):
+    def write(name):
+        for n in range(50):
+            Spool(spool.folder).append(
+                *({"kind": "tags", "tags": {"x": "y" * 9000}, "by": [name, n]} for _ in range(3))
+            )
+
+    writers = [threading.Thread(target=write, args=[name]) for name in range(3)]
+    for thread in writers:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    found = [e["by"] for e in spool.read()]
+    assert sorted(found) == [[name, n] for name in range(3) for n in range(50) for _ in range(3)]
+
+
+def test_the_number_sent_never_goes_back(spool):
+    spool.append(*map(event, rows(5)))
+    for number in (4, 2, 0):
+        spool.mark_sent(number)
+        assert spool.num_sent == 4
 
 
 def test_a_spool_survives_its_process(spool, uri):
@@ -376,7 +480,7 @@ def test_a_store_that_is_none_is_a_service_error_and_nothing_is_lost(spool, tmp_
 def tracker(spool):
     made = SpoolTracker(spool, Record())
     yield made
-    made.close()
+    made.close(20)
 
 
 @pytest.fixture
@@ -406,7 +510,7 @@ def test_a_tracker_of_the_next_attempt_goes_on_where_the_one_before_it_stopped(s
     for count in (3, 3, 5):
         tracker = SpoolTracker(spool, Record())
         tracker.publish(rows(count))
-        tracker.close()
+        tracker.close(20)
     assert spool.read() == list(map(event, rows(5)))
 
 
@@ -419,12 +523,63 @@ def test_what_is_published_is_sent_by_the_trackers_own_thread(spool, client, tra
     assert len(history(client, run.info.run_id, "train/loss")) == 3
 
 
+def test_what_waits_is_sent_as_soon_as_the_tracker_starts(spool, client):
+    spool.append(*map(event, rows(3)))
+    tracker = SpoolTracker(spool, Record())
+    deadline = time.monotonic() + 30
+    while spool.num_sent < 3 and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    tracker.close(20)
+    (run,) = runs(client)
+    assert len(history(client, run.info.run_id, "train/loss")) == 3
+
+
+def test_rows_that_the_disk_did_not_take_come_with_the_next(spool, closed):
+    spool.open(target_of(closed))
+    display = Record()
+    tracker = SpoolTracker(spool, display)
+    tracker.publish(rows(2))
+    spool.folder.rename(spool.folder.with_name("away"))
+    tracker.publish(rows(4))
+    assert any("run/spool.jsonl must be writable" in line for line in display.said)
+    spool.folder.with_name("away").rename(spool.folder)
+    tracker.publish(rows(6))
+    tracker.close(20)
+    assert spool.read() == list(map(event, rows(6)))
+
+
+def test_rows_that_the_mirror_did_not_take_are_spooled_once(spool):
+    def mirror(name):
+        raise ServiceError("S3 is away")
+
+    tracker = SpoolTracker(Spool(spool.folder, mirror), Record())
+    for count in (2, 4):
+        tracker.publish(rows(count))
+    tracker.close(20)
+    assert spool.read() == list(map(event, rows(4)))
+
+
+def test_rows_from_one_thread_and_progress_and_warnings_from_another_all_arrive(spool):
+    display = Record()
+    tracker = SpoolTracker(spool, display)
+    writer = threading.Thread(target=lambda: [tracker.publish(rows(n)) for n in range(1, 41)])
+    writer.start()
+    for n in range(200):
+        tracker.progress("train", n, 200)
+        tracker.warn(str(n))
+    writer.join()
+    tracker.close(20)
+    assert [done for _, done, _, _ in display.shown] == list(range(200))
+    assert display.said == [f"warning: {n}" for n in range(200)]
+    assert spool.read() == list(map(event, rows(40)))
+
+
 def test_progress_and_warnings_go_to_the_display(spool):
     display = Record()
     tracker = SpoolTracker(spool, display)
     tracker.progress("train", 64, 400, "epoch 1/5")
     tracker.warn("careful")
-    tracker.close()
+    tracker.close(20)
     assert display.shown == [("train", 64, 400, "epoch 1/5")]
     assert display.said == ["warning: careful"]
 
@@ -435,7 +590,7 @@ def test_close_returns_promptly_with_a_server_that_is_not_there_and_nothing_is_l
     tracker = SpoolTracker(spool, display)
     tracker.publish(rows(3))
     began = time.monotonic()
-    tracker.close()
+    tracker.close(20)
     assert time.monotonic() - began < 20
     assert len(spool.waiting()) == 3
     assert uncaught == []
@@ -452,11 +607,67 @@ def test_publishing_never_waits_for_a_server_and_warns_once(spool, closed, uncau
         began = time.monotonic()
         tracker.publish(rows(count))
         assert time.monotonic() - began < 1
-    tracker.close()
+    tracker.close(20)
     assert len(display.said) == 1
     assert "the run goes on" in display.said[0]
     assert len(spool.waiting()) == 19
     assert uncaught == []
+
+
+@pytest.fixture
+def deaf():
+    """The address of a server that takes requests and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_close_waits_for_a_request_without_answer_no_longer_than_it_was_told(spool, deaf):
+    spool.open(target_of(deaf))
+    spool.append(*map(event, rows(3)))
+    display = Record()
+    tracker = SpoolTracker(spool, display)
+    time.sleep(0.5)
+    began = time.monotonic()
+    tracker.close(1)
+    assert 0.9 < time.monotonic() - began < 2
+    assert (len(spool.waiting()), display.said) == (3, [])
+
+
+@pytest.mark.parametrize("server", ["closed", "deaf"])
+def test_the_last_words_of_a_run_take_no_longer_than_they_may(spool, client, uri, request, server):
+    folder = open_folder(str(spool.folder))
+    spool.append({"kind": "status", "status": "KILLED", "time_ms": 123})
+    spool.open(target_of(request.getfixturevalue(server)))
+    began = time.monotonic()
+    assert not registry.send_within(folder, 1)
+    assert time.monotonic() - began < 2
+    assert len(spool.waiting()) == 1
+
+
+def test_the_last_words_of_a_run_arrive(spool, client):
+    spool.append({"kind": "status", "status": "KILLED", "time_ms": 123})
+    assert registry.send_within(open_folder(str(spool.folder)), 30)
+    (run,) = runs(client)
+    assert (run.info.status, run.info.end_time) == ("KILLED", 123)
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2, 3])
+def test_what_is_asked_patiently_may_fail_twice(monkeypatch, failures):
+    monkeypatch.setattr(tracking, "_PAUSES_SECONDS", (0.01, 0.01))
+    asked = []
+
+    def ask():
+        asked.append(1)
+        if len(asked) <= failures:
+            raise ServiceError("for a moment")
+        return "answer"
+
+    if failures > 2:
+        with pytest.raises(ServiceError, match="for a moment"):
+            tracking.patiently(ask)
+    else:
+        assert tracking.patiently(ask) == "answer"
+    assert len(asked) == min(failures + 1, 3)
 
 
 @pytest.mark.parametrize("broken", ["database", "event"])
@@ -469,12 +680,12 @@ def test_whatever_goes_wrong_in_the_sender_is_a_warning_and_never_a_dead_thread(
     tracker = SpoolTracker(spool, display)
     tracker.publish(rows(1))
     display.heard.wait(2)
-    tracker.close()
+    tracker.close(20)
     assert uncaught == []
     assert len(spool.waiting()) == (1 if broken == "database" else 2)
 
 
 def test_closing_an_idle_tracker_is_instant(spool):
     began = time.monotonic()
-    SpoolTracker(spool, Record()).close()
+    SpoolTracker(spool, Record()).close(20)
     assert time.monotonic() - began < 1
