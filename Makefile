@@ -12,7 +12,7 @@ test: install
 	$(BIN)/pytest
 
 faults: install
-	$(BIN)/pytest -m faults -rP tests/faults
+	$(BIN)/python -m tests.faults.table
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -307,7 +307,9 @@ def main() -> None:
 
 
 def _say_end(why: str, error: BaseException) -> None:
-    print("\n".join([f"swa-dist: {why}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+    from swa_dist.service.environment import redact
+
+    print(redact("\n".join([f"swa-dist: {why}", *getattr(error, "__notes__", ())])), file=sys.stderr)
 
 
 def _shown(work: "Callable[[Display], T]", *, quiet: bool = False) -> T:

@@ -11,7 +11,7 @@ import torch
 
 from swa_dist.config import Recipe
 from swa_dist.errors import ConfigError
-from swa_dist.service import result, run, stopping
+from swa_dist.service import result, retention, run, stopping
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Finished, Job
 from swa_dist.training.world import SoloWorld, World, join_from_environment, on_rank_zero
@@ -48,7 +48,9 @@ def finetune(recipe: Recipe, display: Display, *, again: bool = False) -> Finish
             with _failure_noted(job):
                 ray_train.fit(job, display)
         with _failure_noted(job):
-            return result.conclude(job, display)
+            finished = result.conclude(job, display)
+        retention.apply(recipe, job.open(), display)
+        return finished
 
 
 def _check_cores(recipe: Recipe) -> None:
@@ -103,7 +105,10 @@ def _in_this_process(recipe: Recipe, display: Display, world: World, again: bool
         with _failure_noted(job) if world.rank == 0 else contextlib.nullcontext():
             with stopping.terminated() as asked:
                 run.work(job, world, display, asked)
-            return on_rank_zero(world, lambda: result.conclude(job, display), patient=True)
+            finished = on_rank_zero(world, lambda: result.conclude(job, display), patient=True)
+        if world.rank == 0:
+            retention.apply(recipe, job.open(), display)
+        return finished
 
 
 def _device(index: int) -> torch.device:

@@ -20,7 +20,7 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
 from swa_dist import config, models
-from swa_dist.errors import CheckpointError, ConfigError, SwaDistError
+from swa_dist.errors import CheckpointError, ConfigError, ServiceError, SwaDistError
 from swa_dist.service import tracking
 from swa_dist.service.spool import SPOOL_FILES, Event, Spool
 from swa_dist.storage.files import read_json, sha256_file, write_atomic
@@ -172,6 +172,43 @@ def _download(uri: str, address: str, path: Path) -> None:
         if not weights.is_file():
             raise CheckpointError(f"{address} must hold {_WEIGHTS}, but does not: another program registered it.")
         write_atomic(path, weights.read_bytes())
+
+
+def is_aliased(uri: str, run_key: str, run_id: str, registered: tuple[str, str] | None) -> bool:
+    """Whether any version of a run, under any name, has an alias. `registered`: the version (name, number) known to be.
+
+    Raises ServiceError where the registry doesn't answer, and CheckpointError where it doesn't know the model.
+    """
+    database = uri.removeprefix("sqlite:///")
+    if database != uri and not Path(database).exists():  # MLflow would make an empty one
+        raise ServiceError(f"MLflow's database must be at {database}, but is not.")
+    versions = set() if registered is None else {registered}
+    with _answering(uri):
+        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+        for query in (f"tags.run_key = '{run_key}'", f"run_id = '{run_id}'"):
+            versions |= {(found.name, str(found.version)) for found in client.search_model_versions(query)}
+        models = {name: _aliases(client, name) for name in sorted({name for name, _ in versions})}
+    for name, aliases in models.items():
+        if aliases is None:  # an empty registry at the old address knows of no alias either
+            raise CheckpointError(
+                f"MLflow at {uri} must know the model {name}, of which the run with key {run_key[:12]} is a version,"
+                " but does not. The run stays; if the model was deleted, remove its folder."
+            )
+        if any((name, str(version)) in versions for version in aliases.values()):
+            return True
+    return False
+
+
+def _aliases(client: mlflow.MlflowClient, name: str) -> dict[str, Any] | None:
+    """The versions of a model that have aliases, by alias; None where there is no such model. The versions that a
+    search finds don't tell theirs."""
+    try:
+        aliases: dict[str, Any] = client.get_registered_model(name).aliases
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return aliases
 
 
 def _version(uri: str, model: str) -> Any:

@@ -14,7 +14,7 @@ from swa_dist.service import registry, tracking
 from swa_dist.service.layout import SUMMARY
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Finished, Job
-from swa_dist.service.tracking import Spool
+from swa_dist.service.spool import Spool
 from swa_dist.storage.folder import Folder, open_folder
 from swa_dist.training.checkpoints import CANDIDATES
 from swa_dist.training.evaluate import Outcomes

@@ -24,7 +24,8 @@ from swa_dist.errors import ConfigError, Stopped, SwaDistError
 from swa_dist.service import checks, identity, post_mortem, registry, stopping, tracking
 from swa_dist.service.layout import ATTEMPT, RECIPE, STOP_REQUEST, SUMMARY, lease_url, run_dir
 from swa_dist.service.progress import Display
-from swa_dist.service.tracking import SpoolTracker, Target
+from swa_dist.service.spool import Target
+from swa_dist.service.tracking import SpoolTracker
 from swa_dist.service.weights import LocalWeights, fetch, published_top1
 from swa_dist.service.worker_log import WorkerLog
 from swa_dist.storage import lease

@@ -22,9 +22,7 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 
 from swa_dist.errors import ServiceError, SwaDistError
 from swa_dist.service.progress import Display
-from swa_dist.service.spool import Event
-from swa_dist.service.spool import Spool as Spool
-from swa_dist.service.spool import Target as Target
+from swa_dist.service.spool import Event, Spool, Target
 from swa_dist.training.state import Row
 
 T = TypeVar("T")

@@ -67,7 +67,7 @@ class Checkpoints:
         self._ports = ports
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._pace = Pace(ports.recipe)
+        self.pace = Pace(ports.recipe)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -81,7 +81,7 @@ class Checkpoints:
     @property
     def due(self) -> bool:
         """Whether, by rank 0's clock, it is time for another; on other ranks False."""
-        return self._ports.world.rank == 0 and not self._writing and self._pace.due
+        return self._ports.world.rank == 0 and not self._writing and self.pace.due
 
     @property
     def failed(self) -> bool:
@@ -104,7 +104,7 @@ class Checkpoints:
                 target=self._write, args=(name, copied, facts), name="checkpoint", daemon=True
             )
             self._thread.start()
-        self._pace.waited(time.monotonic() - began)
+        self.pace.waited(time.monotonic() - began)
 
     def settle(self) -> None:
         """Collective: until the last one is committed. Raises, on all workers, whatever kept it from being so."""
@@ -133,9 +133,9 @@ class Checkpoints:
             self._error = error
             if isinstance(error, ServiceError):
                 self._ports.tracker.warn(f"{error} The training goes on; its state is kept in memory meanwhile.")
-                self._pace.failed()
+                self.pace.failed()
         else:
-            self._pace.wrote(time.monotonic() - began)
+            self.pace.wrote(time.monotonic() - began)
 
     def _prune(self) -> None:
         names = self._ports.store.names(CHECKPOINTS)
@@ -156,7 +156,10 @@ class Pace:
 
     def __init__(self, recipe: Recipe) -> None:
         self._plan = recipe.checkpoint
-        self._wait_seconds = self._write_seconds = 0.0
+        self.wait_seconds = 0.0
+        """How long training waited for the last one to be copied."""
+        self.write_seconds = 0.0
+        """How long it took to be written, beside the training."""
         self._last = time.monotonic()
         self._retry_at = math.inf
 
@@ -174,20 +177,20 @@ class Pace:
             return self._plan.interval_seconds
         between_failures = self._plan.mean_hours_between_failures * 3600
         return max(
-            math.sqrt(2 * self._wait_seconds * between_failures),
-            _LEAST_PER_WAIT * self._wait_seconds,
-            _LEAST_PER_WRITE * self._write_seconds,
+            math.sqrt(2 * self.wait_seconds * between_failures),
+            _LEAST_PER_WAIT * self.wait_seconds,
+            _LEAST_PER_WRITE * self.write_seconds,
             _LEAST_SECONDS,
         )
 
     def waited(self, seconds: float) -> None:
         """Training waited so long while a checkpoint was copied."""
-        self._wait_seconds = seconds
+        self.wait_seconds = seconds
         self._last, self._retry_at = time.monotonic(), math.inf
 
     def wrote(self, seconds: float) -> None:
         """Writing it, beside the training, took so long."""
-        self._write_seconds = seconds
+        self.write_seconds = seconds
 
     def failed(self) -> None:
         self._retry_at = time.monotonic() + _RETRY_SECONDS

@@ -350,15 +350,6 @@ def test_writes_whose_answers_are_lost_are_done_once(server: Server, healthy: Ti
     assert_all_is_there_once(server, "deaf", seen)
 
 
-class Patching(Proxy):
-    """A proxy that forwards PATCH too, by which MLflow ends a logged model."""
-
-    def __init__(self, server: str, rule: Callable[[int, str, str], str]) -> None:
-        super().__init__(server, rule)
-        forward: Any = self.RequestHandlerClass
-        self.RequestHandlerClass = type("Forward", (forward,), {"do_PATCH": forward.do_POST})
-
-
 @pytest.fixture
 def _no_uri_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registering sets MLflow's addresses for the whole process."""
@@ -381,7 +372,7 @@ def test_a_model_whose_registration_has_no_answers_is_registered_once(server: Se
     def rule(number: int, method: str, path: str) -> str:
         return losing(number, method, "PATCH" if method == "PATCH" else path)
 
-    with Patching(server.uri, rule) as proxy:
+    with Proxy(server.uri, rule) as proxy:
         spool, folder = new_spool(tmp_path / "run", proxy.url, "model"), open_folder(str(tmp_path / "run"))
         save_entry(folder.store, "candidates/swa", {"model": models.build(recipe.model, 0).state_dict()}, {})
         model = {"recipe": config.to_tree(recipe), "uri": proxy.url, "entry": "candidates/swa", "tags": {"attempt": 1}}
