@@ -11,25 +11,32 @@ import torch
 
 from swa_dist.config import Recipe
 from swa_dist.errors import ConfigError
-from swa_dist.service import result, retention, run, stopping
+from swa_dist.service import result, retention, run
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Finished, Job
+from swa_dist.service.stopping import Termination
 from swa_dist.training.world import SoloWorld, World, join_from_environment, on_rank_zero
 
 
 def finetune(recipe: Recipe, display: Display, *, again: bool = False) -> Finished:
-    """Run the recipe to its end, or find the finished run with the same key."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        device = _device(int(os.environ["LOCAL_RANK"]))
-        world = join_from_environment(device, recipe.cluster.collective_timeout_seconds)
-        return _in_this_process(recipe, display, world, again)
-    if recipe.cluster.launcher == "process":
+    """Run the recipe to its end, or find the finished run with the same key. SIGTERM ends it with Stopped."""
+    termination = Termination()
+    with termination.installed():
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            device = _device(int(os.environ["LOCAL_RANK"]))
+            world = join_from_environment(device, recipe.cluster.collective_timeout_seconds)
+            return _in_this_process(recipe, display, world, termination, again)
+        if recipe.cluster.launcher == "ray":
+            return _on_ray(recipe, display, termination, again)
         if recipe.cluster.num_workers != 1:
             raise ConfigError(
                 f"`cluster.num_workers` must be 1 where `cluster.launcher` is process, but is"
                 f" {recipe.cluster.num_workers}. Use torchrun or `cluster.launcher=ray` for more."
             )
-        return _in_this_process(recipe, display, SoloWorld(_device(0)), again)
+        return _in_this_process(recipe, display, SoloWorld(_device(0)), termination, again)
+
+
+def _on_ray(recipe: Recipe, display: Display, termination: Termination, again: bool) -> Finished:
     _check_cores(recipe)
     with contextlib.ExitStack() as held:
         job = run.prepare(
@@ -42,12 +49,11 @@ def finetune(recipe: Recipe, display: Display, *, again: bool = False) -> Finish
         )
         if not isinstance(job, Job):
             return job
-        with _environment(_private_ray() if recipe.cluster.address == "local" else {}):
-            from swa_dist.service import ray_train  # reads the environment; and a finished run need not wait for it
+        with _failure_noted(job, termination):
+            with _environment(_private_ray() if recipe.cluster.address == "local" else {}):
+                from swa_dist.service import ray_train  # reads the environment; and a finished run need not wait for it
 
-            with _failure_noted(job):
-                ray_train.fit(job, display)
-        with _failure_noted(job):
+                ray_train.fit(job, display, termination)
             finished = result.conclude(job, display)
         retention.apply(recipe, job.open(), display)
         return finished
@@ -95,16 +101,16 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _in_this_process(recipe: Recipe, display: Display, world: World, again: bool) -> Finished:
+def _in_this_process(recipe: Recipe, display: Display, world: World, termination: Termination, again: bool) -> Finished:
     """Collective under torchrun, where this process is one worker of several."""
     with contextlib.ExitStack() as held:
         prepare = functools.partial(run.prepare, recipe, display, held, num_workers=world.size, again=again)
         job = on_rank_zero(world, prepare, patient=True)
         if not isinstance(job, Job):
             return job
-        with _failure_noted(job) if world.rank == 0 else contextlib.nullcontext():
-            with stopping.terminated() as asked:
-                run.work(job, world, display, asked)
+        with _failure_noted(job, termination) if world.rank == 0 else contextlib.nullcontext():
+            with termination.awaited() as told:
+                run.work(job, world, display, told)
             finished = on_rank_zero(world, lambda: result.conclude(job, display), patient=True)
         if world.rank == 0:
             retention.apply(recipe, job.open(), display)
@@ -116,9 +122,10 @@ def _device(index: int) -> torch.device:
 
 
 @contextlib.contextmanager
-def _failure_noted(job: Job) -> Iterator[None]:
+def _failure_noted(job: Job, termination: Termination) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        run.note_failure(job, error)
+        with termination.awaited():  # torchrun tells those that are left to end as soon as one has
+            run.note_failure(job, error)
         raise

@@ -3,6 +3,7 @@
 Ray reads its token settings when it is imported, so launch.py has them in the environment before it imports this.
 """
 
+import _thread
 import collections
 import contextlib
 import os
@@ -25,49 +26,71 @@ from swa_dist.config import Cluster
 from swa_dist.errors import ConfigError, ServiceError, Stopped, SwaDistError
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Job, work
-from swa_dist.service.stopping import terminated
+from swa_dist.service.stopping import Termination
 from swa_dist.storage.folder import join
 from swa_dist.training.world import TorchWorld
 
 _POLL_SECONDS = 0.5
 _ANSWER_SECONDS = 10.0
 _CAPACITY_SECONDS = 5.0
+_DEPARTURE_SECONDS = 20.0
+_UNHEARD_SECONDS = 10.0
+_WITHOUT_WORKERS = (
+    "the run was told to end while it had no workers; what was committed is kept. The same command resumes it."
+)
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing large goes through Ray
 _STOP, _LEAVE = "stop", "leave"
 
 
-def fit(job: Job, display: Display) -> None:
+def fit(job: Job, display: Display, termination: Termination) -> None:
     """Run the job's workers to their end. Raises what a worker raised, or ServiceError where Ray itself failed.
 
     SIGTERM has the run commit its state and end with Stopped. Machines that are told to go have it commit its state and
     go on without them, if enough remain or others come.
     """
     cluster = config.from_tree(job.recipe).cluster
-    with _connected(cluster), tempfile.TemporaryDirectory(prefix="swa-ray-") as scratch:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_connected(cluster))
+        stack.enter_context(termination.installed())  # Ray has put its own handler in place
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="swa-ray-"))
         gpus = _gpus_per_worker(cluster)
         _await_capacity(cluster, gpus, display)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        storage = scratch if cluster.address == "local" else join(job.run_dir, "ray")
-        with _shown(board, display), terminated() as asked, _watched(board, asked):
-            while True:
-                try:
-                    _trainer(job, cluster, gpus, board, storage).fit()
-                except ray.train.TrainingFailedError as error:
-                    raise (ray.get(board.ended_by.remote()) or _cause(error)) from error
-                ended = ray.get(board.ended_by.remote())
-                if ended is not None:
-                    raise ended
-                if not ray.get(board.begin_again.remote()):
-                    return
-                display.say("a machine is about to go: the state is saved; going on with those that stay")
-                try:
-                    _await_capacity(cluster, gpus, display)
-                except ConfigError as error:
-                    raise Stopped(
-                        f"the machines that went away must be replaced within {cluster.start_timeout_seconds} s, but"
-                        f" were not: {error} The state is saved. The same command resumes it."
-                    ) from error
+        stack.enter_context(_shown(board, display))
+        trainer = _trainer(
+            job, cluster, gpus, board, scratch if cluster.address == "local" else join(job.run_dir, "ray")
+        )
+        while _fit_once(trainer, board, termination):
+            display.say("a machine is about to go: the state is saved; going on with those that stay")
+            _await_departure()
+            try:
+                _await_capacity(cluster, gpus, display)
+            except ConfigError as error:
+                raise Stopped(
+                    f"the machines that went away must be replaced within {cluster.start_timeout_seconds} s, but were"
+                    f" not: {error} The state is saved. The same command resumes it."
+                ) from error
+
+
+def _fit_once(trainer: TorchTrainer, board: Any, termination: Termination) -> bool:
+    """Whether the workers left, to begin again elsewhere. Otherwise they are done; or what ended them is raised."""
+    with termination.awaited() as told, _watched(board, told):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise (ray.get(board.ended_by.remote()) or _cause(error)) from error
+        except KeyboardInterrupt:
+            if told():
+                raise Stopped(_WITHOUT_WORKERS) from None
+            raise
+    ended = ray.get(board.ended_by.remote())
+    if ended is not None:
+        raise ended
+    left = ray.get(board.take_left.remote())
+    if left and termination.told:
+        raise Stopped(_WITHOUT_WORKERS)
+    return bool(left)
 
 
 def _trainer(job: Job, cluster: Cluster, gpus: int, board: Any, storage: str) -> TorchTrainer:
@@ -95,14 +118,14 @@ def _worker(settings: dict[str, Any]) -> None:
     started again for them, or, where others wait for this one and must be ended, only to learn of it."""
     board, job = settings["board"], Job(**settings["job"])
     if ray.get(board.ended_by.remote()) is None:
-        board.here.remote(ray.get_runtime_context().get_node_id())
         timeout = config.from_tree(job.recipe).cluster.collective_timeout_seconds
         world = TorchWorld(ray.train.torch.get_device(), timeout)
+        board.here.remote(world.rank, world.size, ray.get_runtime_context().get_node_id())
         try:
             with _asked(board) if world.rank == 0 else contextlib.nullcontext(_never) as should_stop:
                 work(job, world, _BoardDisplay(board), should_stop)
         except Stopped as stopped:  # as one, on all workers
-            if ray.get(board.asked.remote()) != _LEAVE:
+            if not ray.get(board.leave.remote()):
                 ray.get(board.end.remote(stopped))
         except SwaDistError as error:
             if not isinstance(error, ServiceError):  # what is down now may be up when they start again
@@ -120,7 +143,9 @@ class _Board:
         self._items: list[tuple[str, tuple[Any, ...]]] = []
         self._ended_by: SwaDistError | None = None
         self._asked = ""
-        self._nodes: set[str] = set()
+        self._left = False
+        self._heard = time.monotonic()
+        self._nodes: dict[int, str] = {}
 
     def pin(self, kind: str, arguments: tuple[Any, ...]) -> None:
         self._items.append((kind, arguments))
@@ -135,40 +160,59 @@ class _Board:
         items, self._items = self._items, []
         return items
 
-    def here(self, node: str) -> None:
-        self._nodes.add(node)
+    def here(self, rank: int, size: int, node: str) -> None:
+        """A worker of so many is on this machine. Those that were before are no more."""
+        self._nodes = {other: at for other, at in self._nodes.items() if other < size} | {rank: node}
 
     def nodes(self) -> set[str]:
-        return self._nodes
+        return set(self._nodes.values())
 
-    def ask(self, what: str) -> None:
-        """_STOP: commit the state and end; nothing takes that back. _LEAVE: commit it, to begin again elsewhere."""
+    def ask(self, what: str) -> float:
+        """_STOP: commit the state and end; nothing takes that back. _LEAVE: commit it, to begin again elsewhere.
+
+        Returns for how many seconds no worker has looked.
+        """
         if self._asked != _STOP:
             self._asked = what
+        return time.monotonic() - self._heard
 
-    def asked(self) -> str:
-        return self._asked
+    def asked(self) -> bool:
+        self._heard = time.monotonic()
+        return self._asked != ""
 
-    def begin_again(self) -> bool:
-        """Whether the workers ended to begin again elsewhere; from here on they have not."""
-        leaving = self._asked == _LEAVE
-        if leaving:
-            self._asked, self._nodes = "", set()
-        return leaving
+    def leave(self) -> bool:
+        """A worker has committed its state and ends. Whether it is to begin again elsewhere."""
+        if self._asked != _LEAVE:
+            return False
+        self._left = True
+        return True
+
+    def take_left(self) -> bool:
+        """Whether the workers left. From here on none has, and none is asked to."""
+        left, self._left = self._left, False
+        if self._asked == _LEAVE:
+            self._asked = ""
+        self._nodes = {}
+        return left
 
 
 @contextlib.contextmanager
-def _watched(board: Any, asked: Callable[[], bool]) -> Iterator[None]:
-    """Within the block the driver asks the workers to stop when it is asked itself, or when its own machine is about to
-    go, and to leave when one of theirs is."""
-    with _polling(lambda: _look(board, asked), "watcher"):
+def _watched(board: Any, told: Callable[[], bool]) -> Iterator[None]:
+    """Within the block the driver asks the workers to stop when it is told to end itself, or when its own machine is
+    about to go, and to leave when one of theirs is."""
+    with _polling(lambda: _look(board, told), "watcher"):
         yield
 
 
-def _look(board: Any, asked: Callable[[], bool]) -> None:
+def _look(board: Any, told: Callable[[], bool]) -> None:
+    if told():
+        unheard = ray.get(board.ask.remote(_STOP), timeout=_ANSWER_SECONDS)
+        if unheard > _UNHEARD_SECONDS:  # Ray waits for machines, and there is no worker to save anything
+            _thread.interrupt_main()
+        return
     # What Ray Train's own watcher asks. Its public answer, ray.train.get_preemption_info, is a barrier of all workers.
     going = set(ray._private.state.state.get_draining_nodes())
-    if asked() or ray.get_runtime_context().get_node_id() in going:
+    if ray.get_runtime_context().get_node_id() in going:
         ray.get(board.ask.remote(_STOP), timeout=_ANSWER_SECONDS)
     elif going and going & ray.get(board.nodes.remote(), timeout=_ANSWER_SECONDS):
         ray.get(board.ask.remote(_LEAVE), timeout=_ANSWER_SECONDS)
@@ -195,7 +239,7 @@ def _polling(look: Callable[[], None], name: str) -> Iterator[None]:
     def poll() -> None:
         while True:
             last = ended.wait(_POLL_SECONDS)
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(Exception):  # whatever it is, the next look may go well; without it a run is deaf
                 look()
             if last:
                 return
@@ -293,6 +337,13 @@ def _resources() -> dict[str, float]:
         if node["Alive"] and node["NodeID"] not in going:
             total.update(node["Resources"])
     return dict(total)
+
+
+def _await_departure() -> None:
+    """A machine that is drained and empty goes in seconds. Until it has, Ray plans with it, and then waits for it."""
+    deadline = time.monotonic() + _DEPARTURE_SECONDS
+    while ray._private.state.state.get_draining_nodes() and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
 def _await_capacity(cluster: Cluster, gpus: int, display: Display) -> None:

@@ -111,9 +111,11 @@ def replay(run_dir: str, display: Display) -> dict[str, Any]:
 
 
 def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any]) -> None:
-    if any(event["kind"] == "model" for event in spool.read()):
-        return  # an attempt before this one got so far
     now = time.time_ns() // 1_000_000
+    finished = {"kind": "status", "status": "FINISHED", "time_ms": now}
+    if any(event["kind"] == "model" for event in spool.read()):  # an attempt before this one got so far
+        spool.append(finished)  # once more: this one has said that it is running
+        return
     metrics = {f"val/{name}/{metric}": v for name, row in summary["candidates"].items() for metric, v in row.items()}
     position = summary["phases"]["train"]["images"]
     row = {"kind": "row", "position": position, "epoch": float(recipe.optim.epochs), "time_ms": now, "metrics": metrics}
@@ -134,7 +136,7 @@ def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any
                 "top1": summary["candidates"][summary["candidate"]]["top1"],
             },
         },
-        {"kind": "status", "status": "FINISHED", "time_ms": now},
+        finished,
     )
 
 

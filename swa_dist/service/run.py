@@ -20,7 +20,7 @@ from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.index import Index
-from swa_dist.errors import ConfigError, Stopped, SwaDistError
+from swa_dist.errors import BusyError, ConfigError, Stopped, SwaDistError
 from swa_dist.service import checks, identity, post_mortem, registry, stopping, tracking
 from swa_dist.service.layout import ATTEMPT, RECIPE, STOP_REQUEST, SUMMARY, lease_url, run_dir
 from swa_dist.service.progress import Display
@@ -33,7 +33,7 @@ from swa_dist.storage.files import sha256_file, writing
 from swa_dist.storage.folder import Folder, exists, join, open_folder, set_aside
 from swa_dist.training import failures
 from swa_dist.training.finetune import finetune
-from swa_dist.training.world import World, pin_arithmetic
+from swa_dist.training.world import World, on_rank_zero, pin_arithmetic
 
 # How long MLflow is waited for: by a run that has finished, and by one that has a grace period to end in.
 _FINISHED_SECONDS = 60.0
@@ -160,8 +160,8 @@ def prepare(
     for split, found in (("train", train), ("val", val)):
         index.save(found, join(url, f"{split}.parquet"))
     folder.write(RECIPE, config.to_yaml(resolved))
-    folder.write(ATTEMPT, json.dumps({"attempt": job.attempt, "first_attempt": job.first_attempt}))
     _open_spool(job, folder, resolved, train, val, num_workers)
+    folder.write(ATTEMPT, json.dumps({"attempt": job.attempt, "first_attempt": job.first_attempt}))
     return job
 
 
@@ -174,6 +174,7 @@ def work(job: Job, world: World, display: Display, should_stop: Callable[[], boo
         log = stack.enter_context(WorkerLog(folder, job.attempt, world.rank, world.size, world.device))
         log.alive(_HANGING * recipe.cluster.collective_timeout_seconds)
         stack.enter_context(failures.named(recipe, world))
+        on_rank_zero(world, job.check_lease, patient=True)  # workers outlive a driver that was cut off
         requested = stack.enter_context(stopping.requested(folder)) if world.rank == 0 else _never
         if world.rank == 0:  # who alone reads them
             folder.pull(job.start)
@@ -201,8 +202,13 @@ def note_failure(job: Job, error: BaseException) -> None:
     """Leave a post-mortem, whose address is noted on `error`, and tell MLflow, if it answers soon, that this attempt
     ended without a result. Never gets in the way of `error`."""
     status = "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED"
+    try:
+        job.check_lease()
+    except BusyError:
+        return  # the record of a run that another has taken over is the other's
+    except (SwaDistError, OSError):
+        pass  # storage that doesn't answer: the post-mortem then goes elsewhere
     with contextlib.suppress(SwaDistError, OSError):
-        job.check_lease()  # the record of a run that another has taken over is the other's
         folder = job.open()
         events = [{"kind": "status", "status": status, "time_ms": time.time_ns() // 1_000_000}]
         recipe = config.to_yaml(config.from_tree(job.recipe))

@@ -249,6 +249,7 @@ class S3Store:
         )
 
     def set_aside(self, name: str) -> str:
+        self._guard()
         self._local.remove(name)
         kind, _, own = name.rpartition("/")
         aside = f"{_CORRUPT}{own}-{uuid.uuid4().hex[:8]}"
@@ -263,11 +264,13 @@ class S3Store:
         return self._remote.has(f"{name}/{MANIFEST}")
 
     def remove(self, name: str) -> None:
+        self._guard()
         self._local.remove(name)
         self._remote.remove(f"{name}/{MANIFEST}")
         self._remote.remove(*self._remote.names(f"{name}/"))
 
     def sweep(self, kind: str) -> None:
+        self._guard()
         self._remote.abort_uploads(f"{kind}/")
         by_entry: dict[str, list[str]] = {}
         for one in self._remote.names(f"{kind}/"):

@@ -56,7 +56,7 @@ def newest(store: Store, kind: str, warn: Callable[[str], None]) -> str | None:
 
 
 class DiskStore:
-    """Entries in a folder on disk. `guard` is asked before each commit, and raises where it must not be made.
+    """Entries in a folder on disk. `guard` is asked before each change, and raises where it must not be made.
 
     An entry is written aside, hashed and renamed; what a kill leaves half-written is never an entry. Entries are
     verified against their hashes when opened, since neither torch.load nor safetensors notices a flipped bit.
@@ -90,7 +90,7 @@ class DiskStore:
         for path, (size, digest) in expected.items():
             if not path.is_file():
                 raise CheckpointError(f"{path} must be there, but is not.")
-            if path.stat().st_size != size or sha256_file(path) != digest:
+            if path.stat().st_size != size or _hash(path) != digest:
                 raise CheckpointError(f"{path} must have SHA-256 {digest}, but has not: it is damaged.")
         return folder
 
@@ -101,6 +101,7 @@ class DiskStore:
         return [f"{kind}/{path.name}" for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
 
     def set_aside(self, name: str) -> str:
+        self._guard()
         aside = f"{_CORRUPT}{Path(name).name}-{uuid.uuid4().hex[:8]}"
         (self.root / name).rename(self.root / Path(name).parent / aside)
         return aside
@@ -109,11 +110,20 @@ class DiskStore:
         return (self.root / name / MANIFEST).is_file()
 
     def remove(self, name: str) -> None:
+        self._guard()
         folder = self.root / name
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self, kind: str) -> None:
+        self._guard()
         folder = self.root / kind
         for leftover in folder.glob(f"{STAGING}*") if folder.is_dir() else ():
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} must be readable, but is not: {error.strerror}.") from None

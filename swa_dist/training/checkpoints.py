@@ -1,5 +1,6 @@
 """Where a run goes on from, and what it leaves to go on from, written while the training goes on."""
 
+import contextlib
 import math
 import threading
 import time
@@ -10,7 +11,7 @@ from torch import nn
 
 from swa_dist import models
 from swa_dist.config import Recipe
-from swa_dist.errors import CheckpointError, ConfigError, ServiceError
+from swa_dist.errors import CheckpointError, ConfigError, OutOfMemoryError, ServiceError
 from swa_dist.storage.folder import open_folder
 from swa_dist.storage.store import newest
 from swa_dist.training import loop
@@ -50,7 +51,7 @@ def resume(ports: Ports, model: nn.Module) -> TrainState:
         own = f"replica{ports.world.rank}."
         parts |= {n.removeprefix(own): tensors for n, tensors in parts.items() if n.startswith(own)}
         state.restore(parts, facts)
-        on_rank_zero(ports.world, lambda: ports.tracker.publish(state.rows))
+        on_rank_zero(ports.world, lambda: ports.tracker.publish(state.rows), patient=True)
     state.world_sizes.append(ports.world.size)
     return state
 
@@ -103,8 +104,8 @@ class Checkpoints:
             self._thread = threading.Thread(
                 target=self._write, args=(name, copied, facts), name="checkpoint", daemon=True
             )
+            self.pace.waited(time.monotonic() - began)
             self._thread.start()
-        self.pace.waited(time.monotonic() - began)
 
     def settle(self) -> None:
         """Collective: until the last one is committed. Raises, on all workers, whatever kept it from being so."""
@@ -128,7 +129,13 @@ class Checkpoints:
         try:
             save_entry(self._ports.store, name, parts, facts)
             self._ports.tracker.publish(facts["rows"])
-            self._prune()
+            with contextlib.suppress(ServiceError, OSError):  # what stays too long goes next time
+                self._prune()
+        except MemoryError:
+            self._error = OutOfMemoryError(
+                "a copy of the training state must fit into the memory of rank 0's machine, but does not. Give it more,"
+                " or keep fewer iterates (`average.keep_iterates`, `average.window`). The checkpoint before it is kept."
+            )
         except Exception as error:
             self._error = error
             if isinstance(error, ServiceError):
@@ -217,7 +224,7 @@ def _newest_on_rank_zero(ports: Ports) -> tuple[Parts, dict[str, Any]] | None:
         if found is not None:
             held.append(found)
 
-    on_rank_zero(ports.world, read)
+    on_rank_zero(ports.world, read, patient=True)
     return held[0] if held else None
 
 

@@ -12,7 +12,12 @@ from swa_dist.training.world import World
 
 # gloo's are plain RuntimeErrors. On a CPU so is torch's own when memory is full.
 _OF_GLOO = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
-_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "out of memory")
+_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "out of memory",
+    "STATUS_ALLOC_FAILED",
+)
 
 
 @contextlib.contextmanager

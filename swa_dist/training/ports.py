@@ -45,7 +45,8 @@ class Ports:
 
     def any_worker(self, *flags: bool) -> list[bool]:
         """Collective: for each flag whether it is set on any worker; the same answers on all."""
-        return [bool(n) for n in self.world.max_(torch.tensor(flags, dtype=torch.uint8, device=self.world.device))]
+        found = self.world.max_(torch.tensor(flags, dtype=torch.uint8, device=self.world.device))
+        return [bool(n) for n in found.tolist()]
 
     def asked_to_stop(self) -> bool:
         """Collective: whether any worker was asked to stop; the same answer on all."""

@@ -38,6 +38,9 @@ def train(ports: Ports, state: TrainState) -> None:
         while state.position < end:
             _epoch(ports, state, network, running, tallies, checkpoints, end)
             checkpoints.save(state)
+            if state.position < end and ports.asked_to_stop():
+                checkpoints.settle()
+                ports.stop(state.position)
         checkpoints.settle()
 
 
