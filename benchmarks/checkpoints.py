@@ -91,7 +91,9 @@ def main() -> None:
     print(f"state {size / 2**20:.0f} MiB; {chosen.rounds} rounds of {STEPS} steps of {STEP_SECONDS} s each")
     print(f"overhead {100 * cost / interval:.2f} % of step time at the automatic interval of {interval:.0f} s")
     print(f"a checkpoint costs training {cost:.3f} s (waits {checkpoints.pace.wait_seconds:.3f} s), and is written in")
-    print(f"{checkpoints.pace.write_seconds:.1f} s beside it; rounds: {with_it:.3f} s with one, {without:.3f} s without")
+    print(
+        f"{checkpoints.pace.write_seconds:.1f} s beside it; rounds: {with_it:.3f} s with one, {without:.3f} s without"
+    )
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def _compose(folder: Folder, attempt: int, error: BaseException | None, recipe_y
 
 def _reason(error: BaseException | None) -> str:
     if error is None:
-        return "It left no word here: its process was killed, its machine went away, or this folder could not be written."
+        return "It left no word here: its process was killed, its machine is gone, or this folder could not be written."
     text = redact(_one_line(error))
     text = text if len(text) <= _REASON_CHARACTERS else f"{text[:_REASON_CHARACTERS]} ..."
     return text if isinstance(error, SwaDistError) else f"{type(error).__qualname__}: {text}"
