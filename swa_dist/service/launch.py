@@ -105,13 +105,13 @@ def _in_this_process(recipe: Recipe, display: Display, world: World, termination
     """Collective under torchrun, where this process is one worker of several."""
     with contextlib.ExitStack() as held:
         prepare = functools.partial(run.prepare, recipe, display, held, num_workers=world.size, again=again)
-        job = on_rank_zero(world, prepare, patient=True)
+        job = on_rank_zero(world, prepare)
         if not isinstance(job, Job):
             return job
         with _failure_noted(job, termination) if world.rank == 0 else contextlib.nullcontext():
             with termination.awaited() as told:
                 run.work(job, world, display, told)
-            finished = on_rank_zero(world, lambda: result.conclude(job, display), patient=True)
+            finished = on_rank_zero(world, lambda: result.conclude(job, display))
         if world.rank == 0:
             retention.apply(recipe, job.open(), display)
         return finished

@@ -174,7 +174,7 @@ def work(job: Job, world: World, display: Display, should_stop: Callable[[], boo
         log = stack.enter_context(WorkerLog(folder, job.attempt, world.rank, world.size, world.device))
         log.alive(_HANGING * recipe.cluster.collective_timeout_seconds)
         stack.enter_context(failures.named(recipe, world))
-        on_rank_zero(world, job.check_lease, patient=True)  # workers outlive a driver that was cut off
+        on_rank_zero(world, job.check_lease)  # workers outlive a driver that was cut off
         requested = stack.enter_context(stopping.requested(folder)) if world.rank == 0 else _never
         if world.rank == 0:  # who alone reads them
             folder.pull(job.start)

@@ -51,7 +51,7 @@ def resume(ports: Ports, model: nn.Module) -> TrainState:
         own = f"replica{ports.world.rank}."
         parts |= {n.removeprefix(own): tensors for n, tensors in parts.items() if n.startswith(own)}
         state.restore(parts, facts)
-        on_rank_zero(ports.world, lambda: ports.tracker.publish(state.rows), patient=True)
+        on_rank_zero(ports.world, lambda: ports.tracker.publish(state.rows))
     state.world_sizes.append(ports.world.size)
     return state
 
@@ -122,7 +122,7 @@ class Checkpoints:
             if self._error is not None and not (forgiving and isinstance(self._error, ServiceError)):
                 raise self._error
 
-        on_rank_zero(self._ports.world, finished, patient=True)
+        on_rank_zero(self._ports.world, finished)
 
     def _write(self, name: str, parts: Parts, facts: dict[str, Any]) -> None:
         began, self._error = time.monotonic(), None
@@ -224,7 +224,7 @@ def _newest_on_rank_zero(ports: Ports) -> tuple[Parts, dict[str, Any]] | None:
         if found is not None:
             held.append(found)
 
-    on_rank_zero(ports.world, read, patient=True)
+    on_rank_zero(ports.world, read)
     return held[0] if held else None
 
 

@@ -112,7 +112,7 @@ class _Watched:
 def _start(ports: Ports) -> nn.Module:
     """Collective: the starting weights. Only rank 0 need see their file."""
     model = models.build(ports.recipe.model, ports.recipe.seed)
-    on_rank_zero(ports.world, lambda: models.load(model, ports.recipe.model), patient=True)
+    on_rank_zero(ports.world, lambda: models.load(model, ports.recipe.model))
     model.to(ports.world.device)
     model.load_state_dict(broadcast_tensors(ports.world, model.state_dict()))
     return model
@@ -128,7 +128,7 @@ def _preflight(ports: Ports, start: Candidate) -> None:
 
 def _score(ports: Ports, name: str, make: Callable[[], nn.Module], *, recalibrated: bool, **facts: Any) -> Candidate:
     """Collective: score the weights that `make` gives and keep both, or read what an earlier attempt kept."""
-    found = on_rank_zero(ports.world, lambda: _scored(ports, name), patient=True)
+    found = on_rank_zero(ports.world, lambda: _scored(ports, name))
     if found is not None:
         return found
     if ports.asked_to_stop():
@@ -154,7 +154,7 @@ def _score(ports: Ports, name: str, make: Callable[[], nn.Module], *, recalibrat
     facts["evaluation"] = {"num_images": ports.loaders.num_val, "seconds": time.monotonic() - began}
     candidate = Candidate(name=name, outcomes=outcomes, facts=facts)
     parts = {"model": model.state_dict(), "outcomes": outcomes.tensors()}
-    on_rank_zero(ports.world, lambda: save_entry(ports.store, candidate.entry, parts, facts), patient=True)
+    on_rank_zero(ports.world, lambda: save_entry(ports.store, candidate.entry, parts, facts))
     return candidate
 
 

@@ -1,6 +1,7 @@
 """The workers of a run, as one of them sees them. The same functions run alone and on many."""
 
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from swa_dist.errors import NumericsError
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=1)
+_BEAT_SECONDS = 5.0
 
 
 class World(Protocol):
@@ -40,11 +41,8 @@ class World(Protocol):
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Collective: overwrite `tensor` with that of the worker `source`."""
 
-    def gather(self, value: Any, *, patient: bool = False) -> list[Any]:
-        """Collective: every worker's picklable `value`, by rank, on every worker. For small values.
-
-        `patient`: wait for the others for as long as it takes.
-        """
+    def gather(self, value: Any) -> list[Any]:
+        """Collective: every worker's picklable `value`, by rank, on every worker. For small values."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Collective: `model` with its gradients averaged over the workers in each backward pass."""
@@ -67,7 +65,7 @@ class SoloWorld:
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         return tensor
 
-    def gather(self, value: Any, *, patient: bool = False) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         return [value]
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -82,10 +80,8 @@ class TorchWorld:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.device = device
-        # Plain values go by gloo, beside the GPUs. Waiting for hours is for what one worker does alone at the start
-        # and the end; elsewhere a worker that stays away is a fault.
+        # Plain values go by gloo, beside the GPUs.
         self._plain: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        self._patient: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
@@ -99,9 +95,9 @@ class TorchWorld:
         dist.broadcast(tensor, src=source)
         return tensor
 
-    def gather(self, value: Any, *, patient: bool = False) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._patient if patient else self._plain)
+        dist.all_gather_object(values, value, group=self._plain)
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -146,21 +142,36 @@ def agree(world: World, value: Any, name: str) -> None:
         raise NumericsError(f"{name} must be the same on all workers, but differ: {listed}.{blame}")
 
 
-def on_rank_zero(world: World, work: Callable[[], T], *, patient: bool = False) -> T:
+def on_rank_zero(world: World, work: Callable[[], T]) -> T:
     """Collective: what `work` returns on rank 0, on every worker; what it raises there is raised on every worker.
 
-    `patient`: the others wait for as long as it takes.
+    It may take as long as it takes: a thread of rank 0 does it, who tells the others now and then that it goes on. So
+    a worker that is lost meanwhile is noticed in time.
     """
-    outcome: tuple[T | None, Exception | None] = (None, None)
+    if world.size == 1:
+        return work()
+    outcome: list[tuple[T | None, Exception | None]] = []
+    thread = threading.Thread(target=lambda: outcome.append(_outcome(work)), name="on-rank-zero", daemon=True)
     if world.rank == 0:
-        try:
-            outcome = (work(), None)
-        except Exception as caught:
-            outcome = (None, _sendable(caught))
-    value, error = world.gather(outcome, patient=patient)[0]
-    if error is not None:
-        raise error
-    return value  # type: ignore[no-any-return]
+        thread.start()
+    while True:
+        if world.rank == 0:
+            thread.join(_BEAT_SECONDS)
+        found = world.gather(outcome[0] if outcome else None)[0]
+        if found is not None:
+            value, error = found
+            if error is not None:
+                raise error
+            return value  # type: ignore[no-any-return]
+
+
+def _outcome(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as caught:
+        return None, _sendable(caught)
+    except BaseException as caught:
+        return None, RuntimeError(f"on rank 0: {type(caught).__name__}: {caught}")
 
 
 def _sendable(error: Exception) -> Exception:
