@@ -21,6 +21,7 @@ from swa_dist.data.memory import MemoryLoaders
 from swa_dist.data.order import Batch, Group, Span, Transforms
 from swa_dist.errors import Stopped
 from swa_dist.storage.store import DiskStore
+from swa_dist.training.checkpoints import CHECKPOINTS
 from swa_dist.training.finetune import finetune
 from swa_dist.training.world import World
 from tests import support
@@ -69,6 +70,24 @@ class Trap:
 
 
 NOWHERE = Trap("nowhere", 0)
+
+
+@dataclass(unsafe_hash=True)
+class WithinAnEpoch(Trap):
+    """Kills rank 0 at the first batch at which the newest checkpoint is one within the second epoch, or later."""
+
+    root: str = ""
+
+    def at(self, point: str, rank: int) -> None:
+        if (point, rank) == ("batch", 0):
+            newest = committed(Path(self.root))
+            if newest > NUM_TRAIN and newest % NUM_TRAIN:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def committed(root: Path) -> int:
+    """Position of the newest checkpoint, 0 without one."""
+    return max((int(name.rpartition("/")[2]) for name in DiskStore(root).names(CHECKPOINTS)), default=0)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from swa_dist.training.finetune import finetune
 from swa_dist.training.state import load_entry
 from swa_dist.training.world import World
 from tests import support
-from tests.distributed.test_results import loaders, recipe_of, weights_of
+from tests.distributed.test_results import loaders, small_recipe_of, weights_of
 
 ALL = {
     "optim.epochs": 3,
@@ -27,16 +27,16 @@ ALL = {
 }
 
 
-def run(world: World, digits: str, weights: str, root: str, fields: dict[str, Any]) -> dict[str, Any]:
-    recipe = config.replace(recipe_of(digits, weights), **fields)
+def run(world: World, digits: str, root: str, fields: dict[str, Any]) -> dict[str, Any]:
+    recipe = small_recipe_of(digits, **fields)
     found = finetune(recipe, world, loaders(recipe, world), DiskStore(Path(root)), support.Recorder(), lambda: False)
     return {name: candidate.facts for name, candidate in found.items()}
 
 
 @pytest.fixture(scope="module")
-def everything(digits: Path, start_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def everything(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     root = tmp_path_factory.mktemp("everything")
-    return root, support.run_workers(run, 1, str(digits), str(start_weights), str(root), ALL)[0]
+    return root, support.run_workers(run, 1, str(digits), str(root), ALL)[0]
 
 
 def iterates_of(root: Path) -> dict[int, dict[str, torch.Tensor]]:
@@ -76,21 +76,18 @@ def test_the_first_iterate_is_the_start_and_the_last_is_last(everything: tuple[P
 def test_every_average_is_scored_with_batchnorm_of_its_own(everything: tuple[Path, Any]) -> None:
     root, facts = everything
     assert set(facts) == {"start", "last", "last_fresh", "swa", "swa_1", "ema", "window"}
-    means = [weights_of(root, name)["bn1.running_mean"] for name in ("swa", "swa_1", "ema", "window", "last_fresh")]
+    means = [weights_of(root, name)["conv1.1.running_mean"] for name in ("swa", "swa_1", "ema", "window", "last_fresh")]
     assert all(not torch.equal(a, b) for i, a in enumerate(means) for b in means[:i])
     assert all(facts[name]["recalibration"]["num_images"] == 400 for name in ("swa", "swa_1", "ema", "window"))
 
 
-def test_a_longer_run_from_a_finished_shorter_one_is_the_run_from_scratch(
-    digits: Path, start_weights: Path, tmp_path: Path
-) -> None:
+def test_a_longer_run_from_a_finished_shorter_one_is_the_run_from_scratch(digits: Path, tmp_path: Path) -> None:
     short, long, scratch = (str(tmp_path / name) for name in ("short", "long", "scratch"))
-    places = (str(digits), str(start_weights))
     kept = {"average.ema": {"decay": 0.9}, "average.window": 2}
     more = kept | {"optim.epochs": 2, "average.also_after_epochs": [1]}
-    support.run_workers(run, 2, *places, short, kept | {"optim.epochs": 1})
-    extended = support.run_workers(run, 2, *places, long, more | {"checkpoint.extend_from": short})[0]
-    straight = support.run_workers(run, 2, *places, scratch, more)[0]
+    support.run_workers(run, 2, str(digits), short, kept | {"optim.epochs": 1})
+    extended = support.run_workers(run, 2, str(digits), long, more | {"checkpoint.extend_from": short})[0]
+    straight = support.run_workers(run, 2, str(digits), scratch, more)[0]
     assert extended["swa"]["average"]["iterates"] == straight["swa"]["average"]["iterates"] == [400, 800]
     for name in ("swa", "swa_1", "ema", "window", "last"):
         a, b = weights_of(Path(long), name), weights_of(Path(scratch), name)
@@ -101,12 +98,10 @@ def test_a_longer_run_from_a_finished_shorter_one_is_the_run_from_scratch(
 
 
 def test_weights_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpoint(
-    digits: Path, start_weights: Path, tmp_path: Path
+    digits: Path, tmp_path: Path
 ) -> None:
-    recipe = config.replace(
-        recipe_of(str(digits), str(start_weights)), **{"schedule.max_lr": 10.0, "schedule.min_lr": 10.0}
-    )
-    recipe = config.replace(recipe, **{"optim.weight_decay": 1.0, "optim.epochs": 4})
+    high = {"schedule.max_lr": 10.0, "schedule.min_lr": 10.0, "optim.weight_decay": 1.0, "optim.epochs": 4}
+    recipe = small_recipe_of(str(digits), **high)
     with pytest.raises(support.WorkerError, match="NumericsError"):
         support.run_workers(diverge, 1, config.to_tree(recipe), str(tmp_path))
     for name in DiskStore(tmp_path).names("checkpoints"):

@@ -7,7 +7,7 @@ import pytest
 
 from swa_dist.storage.store import DiskStore
 from tests import small_run
-from tests.small_run import Result, Trap
+from tests.small_run import Result, Trap, WithinAnEpoch
 
 SIZES = (1, 2, 3)
 
@@ -30,7 +30,6 @@ def assert_as_if_nothing_happened(found: list[Result], undisturbed: list[Result]
 
 FAST = [
     (1, Trap("batch", 4)),
-    (2, Trap("batch", 5, rank=1)),
     (3, Trap("batch", 7, rank=2)),
     (2, Trap("commit", 2)),  # between the average and its commit
     (2, Trap("committed", 2)),
@@ -44,6 +43,18 @@ FAST = [
 def test_a_killed_run_ends_with_the_same_bits(undisturbed: Any, size: int, trap: Trap, tmp_path: Path) -> None:
     small_run.killed(size, tmp_path, trap)
     assert_as_if_nothing_happened(small_run.completed(size, tmp_path), undisturbed[size], size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_run_killed_within_an_epoch_goes_on_within_it(undisturbed: Any, size: int, tmp_path: Path) -> None:
+    small_run.killed(size, tmp_path, WithinAnEpoch("nowhere", 0, root=str(tmp_path)))
+    position = small_run.committed(tmp_path)
+    assert position % small_run.NUM_TRAIN
+    found = small_run.completed(size, tmp_path)
+    assert_as_if_nothing_happened(found, undisturbed[size], size)
+    resumed = [group for result in found for group in result.groups]
+    whole = [group for result in undisturbed[size] for group in result.groups]
+    assert len(whole) - len(resumed) == position // small_run.NUM_TRAIN * 8 + position % small_run.NUM_TRAIN // 16
 
 
 def test_where_checkpoints_fall_changes_nothing(undisturbed: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from swa_dist.training.checkpoints import CHECKPOINTS
 from swa_dist.training.finetune import finetune
 from swa_dist.training.world import World
 from tests import support
-from tests.distributed.test_results import distance, loaders, recipe_of, weights_of
+from tests.distributed.test_results import distance, loaders, small_recipe_of, weights_of
 
 CURVATURE, RATE, START, STEPS = 0.5, 0.3, 4.0, 12
 TARGETS = [1.0, -2.0, 7.0]  # the minimum that each worker's data has
@@ -117,16 +117,16 @@ def test_meeting_after_each_step_is_replicated_training() -> None:
     assert met[0][1] == pytest.approx(together[0][1], rel=1e-6)
 
 
-def local_recipe(digits: str, weights: str, **fields: Any) -> config.Recipe:
+def local_recipe(digits: str, **fields: Any) -> config.Recipe:
     local = {"average.sync": "local", "average.num_replicas": 2, "cluster.launcher": "ray", "cluster.num_workers": 2}
-    return config.replace(recipe_of(digits, weights), **(local | fields))
+    return small_recipe_of(digits, **(local | fields))
 
 
-def run_local(world: World, digits: str, weights: str, root: str, stop_after: int, fields: dict[str, Any]) -> Any:
+def run_local(world: World, digits: str, root: str, stop_after: int, fields: dict[str, Any]) -> Any:
     """The real loop with replicas, stopped after so many commits; the candidates' facts."""
     from swa_dist.errors import Stopped
 
-    recipe = local_recipe(digits, weights, **fields)
+    recipe = local_recipe(digits, **fields)
     tracker = support.Recorder()
     store = DiskStore(Path(root))
 
@@ -142,18 +142,15 @@ def run_local(world: World, digits: str, weights: str, root: str, stop_after: in
 
 
 @pytest.mark.parametrize("every", ["never", 3])
-def test_a_local_run_averages_over_replicas_and_resumes_bit_for_bit(
-    every: Any, digits: Path, start_weights: Path, tmp_path: Path
-) -> None:
+def test_a_local_run_averages_over_replicas_and_resumes_bit_for_bit(every: Any, digits: Path, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    places = (str(digits), str(start_weights))
     fields = {"average.sync_every": every}
-    facts, spreads = support.run_workers(run_local, 2, *places, str(straight), 99, fields)[0]
+    facts, spreads = support.run_workers(run_local, 2, str(digits), str(straight), 99, fields)[0]
     assert len(spreads) == 2
     assert min(spreads) > 0
     assert facts["swa"]["average"] == {"iterates": [400, 800], "regime": "local", "spread": max(spreads)}
-    assert support.run_workers(run_local, 2, *places, str(stopped), 1, fields) == ["stopped", "stopped"]
-    support.run_workers(run_local, 2, *places, str(stopped), 99, fields)
+    assert support.run_workers(run_local, 2, str(digits), str(stopped), 1, fields) == ["stopped", "stopped"]
+    support.run_workers(run_local, 2, str(digits), str(stopped), 99, fields)
     for name in ("swa", "last"):
         resumed, undisturbed = weights_of(stopped, name), weights_of(straight, name)
         assert all(torch.equal(resumed[key], undisturbed[key]) for key in undisturbed)
@@ -163,8 +160,8 @@ def test_a_local_run_averages_over_replicas_and_resumes_bit_for_bit(
     assert moved > 0
 
 
-def test_the_number_of_replicas_is_the_recipes(digits: Path, start_weights: Path, tmp_path: Path) -> None:
+def test_the_number_of_replicas_is_the_recipes(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(support.WorkerError, match=r"`average.num_replicas` must be the number of workers \(3\)"):
-        support.run_workers(run_local, 3, str(digits), str(start_weights), str(tmp_path), 99, {})
+        support.run_workers(run_local, 3, str(digits), str(tmp_path), 99, {})
     with pytest.raises(ConfigError, match=r"`average\.num_replicas` must be"):
-        local_recipe(str(digits), str(start_weights), **{"average.num_replicas": 3})
+        local_recipe(str(digits), **{"average.num_replicas": 3})

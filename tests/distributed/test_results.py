@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from swa_dist import config
+from swa_dist import config, models
 from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
@@ -31,6 +31,8 @@ FIELDS = {
     "optim.epochs": 2,
     "data.global_batch": 96,
     "data.group_images": 32,
+    "data.image_size": 16,
+    "data.resize_size": 16,
     "schedule.max_lr": 1e-3,
     "schedule.min_lr": 1e-4,
 }
@@ -39,6 +41,12 @@ SIZES = (1, 2, 3)
 
 def recipe_of(digits: str, weights: str) -> Recipe:
     return support.digits_recipe(digits, weights, **FIELDS)
+
+
+def small_recipe_of(digits: str, **fields: Any) -> Recipe:
+    """With a small network of random weights, for what holds to the bit: its rounding errors would grow."""
+    small = {"model.arch": "shufflenet_v2_x0_5"}
+    return config.replace(recipe_of(digits, models.RANDOM), **(small | fields))
 
 
 class Watched(DaliLoaders):
@@ -148,7 +156,6 @@ def test_every_worker_returns_the_same_and_each_validation_image_counts_once(run
 
 def evaluate_only(world: World, digits: str, weights: str, trained: str) -> int:
     """Correct validation images of one and the same trained weights."""
-    from swa_dist import models
     from swa_dist.training.evaluate import evaluate
 
     recipe = recipe_of(digits, weights)

@@ -21,7 +21,7 @@ import torch
 from swa_dist.storage.store import DiskStore
 from tests import small_run, support
 from tests.distributed.test_exact_resume import assert_as_if_nothing_happened
-from tests.small_run import NUM_TRAIN, STEPS_PER_EPOCH, Result, Trap
+from tests.small_run import NUM_TRAIN, STEPS_PER_EPOCH, Result, Trap, WithinAnEpoch, committed
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
@@ -30,7 +30,6 @@ EPOCHS = 3
 POSITIONS = [epoch * NUM_TRAIN + done for epoch in range(EPOCHS) for done in (0, 48, 96)] + [EPOCHS * NUM_TRAIN]
 """Before each step, and at the end."""
 SEED = 20_261_124
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(unsafe_hash=True)
@@ -69,11 +68,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Resu
     return {size: small_run.completed(size, root / str(size)) for size in SIZES}
 
 
-def committed(root: Path) -> int:
-    """Position of the newest checkpoint, 0 without one."""
-    return max((int(name.rpartition("/")[2]) for name in DiskStore(root).names(CHECKPOINTS)), default=0)
-
-
 def disturb(size: int, root: Path, trap: Trap, seconds: float | None) -> tuple[bool, int | None]:
     """Run until the trap, or the moment, kills it: whether it did, and the images that it cost where it trained."""
     notes = root.parent / "notes" / f"{root.name}-{time.monotonic_ns()}"
@@ -83,7 +77,9 @@ def disturb(size: int, root: Path, trap: Trap, seconds: float | None) -> tuple[b
     workers = support.start_workers(small_run.run, size, str(root), {}, noting)
     try:
         workers.processes[trap.rank].join(300 if seconds is None else seconds)
-        killed = workers.processes[trap.rank].exitcode in (None, -signal.SIGKILL)
+        ended = workers.processes[trap.rank].exitcode
+        assert ended is not None or seconds is not None, f"{trap}: it hangs"
+        killed = ended in (None, -signal.SIGKILL)
     finally:
         workers.kill()
     begun = notes.stat().st_size if notes.exists() else 0
@@ -144,13 +140,13 @@ def test_killed_at_every_step(undisturbed: Any, size: int, tmp_path: Path) -> No
 @pytest.mark.parametrize("point", ["commit", "committed", "prune"])
 @pytest.mark.parametrize("size", SIZES)
 def test_killed_around_commits(undisturbed: Any, size: int, point: str, tmp_path: Path) -> None:
-    tried = try_all(size, each(point, range(4), [0] * 4), tmp_path, undisturbed)
+    tried = try_all(size, each(point, range(3), [0] * 3), tmp_path, undisturbed)
     # How much there is to prune depends on how many checkpoints the clock allowed.
     assert all(one.kills == 1 for one in tried if point != "prune")
     assert any(one.kills == 1 for one in tried)
 
 
-@pytest.mark.parametrize(("size", "first", "every"), [(1, 0, 3), (2, 1, 9), (3, 5, 9)])
+@pytest.mark.parametrize(("size", "first", "every"), [(1, 0, 6), (2, 1, 18), (3, 5, 18)])
 def test_killed_at_every_few_writes(undisturbed: Any, size: int, first: int, every: int, tmp_path: Path) -> None:
     numbers = range(first, 126, every)
     tried = try_all(size, each("file", numbers, [0] * len(numbers)), tmp_path, undisturbed)
@@ -173,30 +169,30 @@ def test_killed_at_random_moments_again_and_again(undisturbed: Any, size: int, t
         moments = [chooser.uniform(0.1, longest) for _ in range(chooser.choice((2, 3)))]
         plans[f"random {number}"] = [(Trap("nowhere", 0), seconds) for seconds in moments]
         print(f"{size} workers, seed {10 * SEED + size}: killed after {[round(s, 2) for s in moments]} s")
-    try_all(size, plans, tmp_path, undisturbed)
+    assert any(one.lost for one in try_all(size, plans, tmp_path, undisturbed))
 
 
-@dataclass(unsafe_hash=True)
-class WithinAnEpoch(Trap):
-    """Kills rank 0 at the first batch at which the newest checkpoint is one within the second epoch, or later."""
-
-    root: str = ""
-
-    def at(self, point: str, rank: int) -> None:
-        if (point, rank) == ("batch", 0) and committed(Path(self.root)) > NUM_TRAIN:
-            if committed(Path(self.root)) % NUM_TRAIN:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-LOW = {"schedule__max_lr": 1e-3, "schedule__min_lr": 1e-4}
-"""At high rates a rounding error grows step by step."""
+AS_GOOD_AS_EQUAL = 2e-3
+"""Of the distance moved. Another order of sums makes 1e-5; one ReLU that flips for it, as with three workers, 5e-4."""
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """One worker, undisturbed, at low rates."""
+def fitted(start_weights: Path) -> dict[str, str | float]:
+    """Fine-tuning: low rates from fitted weights. Elsewhere a rounding error grows step by step: from random weights,
+    undisturbed runs of one and of two workers end half of the distance moved apart."""
+    return {
+        "model__arch": "resnet18",
+        "model__weights": str(start_weights),
+        "schedule__max_lr": 1e-3,
+        "schedule__min_lr": 1e-4,
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(fitted: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """One worker, undisturbed."""
     root = tmp_path_factory.mktemp("alone")
-    (result,) = small_run.completed(1, root, **LOW)
+    (result,) = small_run.completed(1, root, **fitted)
     return root, result
 
 
@@ -211,14 +207,14 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 3), (3, 1)])
 def test_within_an_epoch_another_number_of_workers_takes_over(
-    alone: tuple[Path, Result], first: int, second: int, tmp_path: Path
+    alone: tuple[Path, Result], fitted: dict[str, Any], first: int, second: int, tmp_path: Path
 ) -> None:
-    small_run.killed(first, tmp_path, WithinAnEpoch("nowhere", 0, root=str(tmp_path)), **LOW)
+    small_run.killed(first, tmp_path, WithinAnEpoch("nowhere", 0, root=str(tmp_path)), **fitted)
     position = committed(tmp_path)
     epochs, within = divmod(position, NUM_TRAIN)
     assert epochs >= 1
     assert within > 0
-    results = small_run.completed(second, tmp_path, **LOW)
+    results = small_run.completed(second, tmp_path, **fitted)
     before = [g for g in alone[1].groups if g[0] < epochs]
     of_epoch = [g for g in alone[1].groups if g[0] == epochs]
     before += of_epoch[: within // 16]
@@ -234,7 +230,7 @@ def test_within_an_epoch_another_number_of_workers_takes_over(
         undisturbed, start = weights_of(alone[0], name), weights_of(alone[0], "start")
         apart = distance(weights_of(tmp_path, name), undisturbed) / distance(undisturbed, start)
         print(f"{first} to {second} workers at image {position}: {name} apart by {apart:.1e} of the distance moved")
-        assert apart <= 1e-4
+        assert apart <= AS_GOOD_AS_EQUAL
 
 
 def test_every_resume_ended_with_the_same_bits() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import mlflow
 import pytest
 
-from tests.support import command, free_port, swa_dist, wait_for_port
+from tests.service.forked import start, swa_dist
+from tests.support import command, free_port, wait_for_port
 
 
 def settings(digits: Path, weights: Path, **fields: Any) -> list[str]:
@@ -80,16 +81,13 @@ def test_sigterm_saves_the_state_and_the_same_command_resumes(
     (attempt,) = tmp_path.glob("runs/swa-*/attempt.json")
     assert json.loads(attempt.read_text())["attempt"] == 1
     (newest.parent.parent / "stop").touch()  # a request of before the start must not stop it: the start clears it
-    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    try:
-        while max(tmp_path.glob("runs/swa-*/checkpoints/0*")) == newest:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.1)
-        (newest.parent.parent / "stop").touch()
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 75, errors
+    second = start(*arguments, cwd=tmp_path)
+    while max(tmp_path.glob("runs/swa-*/checkpoints/0*")) == newest:
+        assert second.workers.processes[0].is_alive(), second.ended()
+        time.sleep(0.1)
+    (newest.parent.parent / "stop").touch()
+    ended = second.ended()
+    assert ended.returncode == 75, ended.stderr
     assert json.loads(attempt.read_text()) == {"attempt": 2, "first_attempt": 1}
 
 
@@ -119,6 +117,7 @@ def test_mlflow_away_the_run_goes_on_and_replay_delivers(
             *("--artifacts-destination", str(tmp_path / "artifacts")),
         ],
         cwd=tmp_path,
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # eight processes that nothing here needs
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

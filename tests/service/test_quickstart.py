@@ -17,7 +17,9 @@ from swa_dist.config import Model
 from swa_dist.errors import ConfigError
 from swa_dist.service import registry, weights
 from swa_dist.storage.files import sha256_file
-from tests.support import left_behind, swa_dist
+from tests import support
+from tests.service.forked import swa_dist
+from tests.support import left_behind
 
 MARK = "SWA_DIST_TEST_ID"
 
@@ -50,7 +52,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(MARK, folder.name)
-        result = swa_dist("quickstart", cwd=folder)
+        result = support.swa_dist("quickstart", cwd=folder)
     assert result.returncode == 0, result.stderr
     return Quickstart(folder, result.stdout, time.monotonic() - began, left_behind(MARK, folder.name))
 

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 
 from swa_dist.service import kube
-from tests.support import certificate, command, end_marked, free_port, swa_dist
+from tests.service.forked import Running, start, swa_dist
+from tests.support import certificate, command, end_marked, free_port, marked
 
 MARK = "SWA_DIST_TEST_ID"
 TOKEN = "0123456789abcdef" * 4
@@ -31,7 +33,7 @@ CANARIES = {
     "MLFLOW_TRACKING_PASSWORD": "canary-of-mlflow",
     "MLFLOW_TRACKING_TOKEN": "canary-of-mlflow-token",
 }
-ENDLESS = ("--set", "optim.epochs=1000")  # not over before it is stopped, however fast the machine is
+EPOCHS = 4
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,11 @@ class Head:
     folder: Path
     recipe: list[str]
 
-    def submit(self, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            command("submit", *self.recipe, "--address", self.address, *arguments),
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
+    def start(self, verb: str, *arguments: str) -> Running:
+        return start(verb, *arguments, "--address", self.address, cwd=self.folder)
 
     def run(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return swa_dist(verb, *arguments, "--address", self.address, cwd=self.folder)
+        return self.start(verb, *arguments).ended()
 
     def status(self) -> dict[str, dict[str, Any]]:
         result = self.run("status", "--json")
@@ -62,7 +57,7 @@ class Head:
 @pytest.fixture(scope="module")
 def head(few_digits: Path, start_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     folder = tmp_path_factory.mktemp("head")
-    scratch = Path(f"/tmp/swa-ray-{os.getpid()}")  # a socket's path must be short
+    scratch = scratch_of_ray()
     settings = CANARIES | {
         MARK: folder.name,
         "RAY_AUTH_MODE": "token",
@@ -92,7 +87,7 @@ def head(few_digits: Path, start_weights: Path, tmp_path_factory: pytest.TempPat
                 "model.weights": start_weights,
                 "output.dir": folder / "runs",
                 "tracking.uri": f"sqlite:///{folder / 'mlflow.db'}",
-                "optim.epochs": 1,
+                "optim.epochs": EPOCHS,
                 "schedule.max_lr": 1e-3,
                 "schedule.min_lr": 1e-4,
             }.items():
@@ -106,6 +101,10 @@ def head(few_digits: Path, start_weights: Path, tmp_path_factory: pytest.TempPat
             log.close()
 
 
+def scratch_of_ray() -> Path:
+    return Path(f"/tmp/swa-ray-{os.getpid()}")  # a socket's path must be short
+
+
 def answers(address: str) -> bool:
     with contextlib.suppress(requests.ConnectionError):
         return requests.get(f"{address}/api/gcs_healthz", timeout=5).ok
@@ -116,7 +115,7 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.05)
     return found
 
 
@@ -124,17 +123,97 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("runs/swa-*/checkpoints/0*"), default=None)
 
 
-@pytest.mark.timeout(600)
-def test_a_run_is_submitted_once_attached_to_stopped_and_resumed(head: Head) -> None:
-    following = [head.submit(*ENDLESS) for _ in range(2)]  # at once
-    wait_for(lambda: newest_checkpoint(head.folder), 180)
-    ((name, running),) = head.status().items()
-    assert name.endswith("-a1")
-    assert (running["status"], running["recipe"], running["exit_code"]) == ("running", "digits", None)
+def train_workers(mark: str) -> list[psutil.Process]:
+    """They write their title over their environment: they are found as the raylet's children."""
+    found = {}
+    for pid in marked(MARK, mark):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(pid).children(recursive=True):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    found[process.pid] = process
+    return list(found.values())
 
-    detached = head.submit(*ENDLESS, start_new_session=True)
+
+@contextlib.contextmanager
+def paused(mark: str) -> Iterator[None]:
+    """Within the block the run's workers stand still: it can't be over, however fast the machine is."""
+    workers = train_workers(mark)
+    assert len(workers) == 2
+    try:
+        for worker in workers:
+            worker.suspend()
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
+
+
+@pytest.mark.timeout(600)
+def test_a_run_is_submitted_once_attached_to_stopped_resumed_and_finishes_once(head: Head) -> None:
+    following = [head.start("submit", *head.recipe) for _ in range(2)]  # at once
+    wait_for(lambda: newest_checkpoint(head.folder), 180)
+    with paused(head.folder.name):
+        ((name, running),) = head.status().items()
+        assert name.endswith("-a1")
+        assert (running["status"], running["recipe"], running["exit_code"]) == ("running", "digits", None)
+        assert_an_interrupt_detaches(head, name)
+        stop = head.start("stop", name)
+        wait_for(lambda: list(head.folder.glob("runs/swa-*/stop")), 120)
+    stopped = stop.ended()
+    assert stopped.returncode == 0, stopped.stderr
+    checkpoint = newest_checkpoint(head.folder)
+    assert checkpoint is not None
+    position = json.loads((checkpoint / "facts.json").read_text())["position"]
+    assert f"did at image {position} " in stopped.stdout
+    outputs = [process.ended() for process in following]
+    for output in outputs:
+        assert output.returncode == 75, output.stderr
+        assert "asked to stop" in output.stdout
+    assert sorted(f"submitted digits as {name}" in output.stdout for output in outputs) == [False, True]
+    assert sum("attached to it" in output.stdout for output in outputs) == 1
+    assert head.status()[name]["status"] == "stopped"
+
+    second = name.removesuffix("1") + "2"
+    resumed = head.run("submit", *head.recipe)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"{name} did not finish (stopped); its state is resumed" in resumed.stdout
+    assert f"submitted digits as {second}" in resumed.stdout
+    assert "verdict:" in resumed.stdout
+    ended = head.status()
+    assert {one: facts["status"] for one, facts in ended.items()} == {name: "stopped", second: "succeeded"}
+    assert "has ended already" in head.run("stop", second).stdout
+    folder = checkpoint.parents[1]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert second == f"swa-{summary['run_key'][:12]}-a2"
+    assert summary["average"]["iterates"] == [400 * epoch for epoch in range(1, EPOCHS + 1)]
+    assert json.loads((folder / "attempt.json").read_text()) == {"attempt": 2, "first_attempt": 1}
+    last = json.loads((folder / "candidates" / "last" / "facts.json").read_text())
+    assert last["training"]["world_sizes"] == [2, 2]  # it went on from there
+
+    again = head.run("submit", *head.recipe)
+    assert again.returncode == 0, again.stderr
+    assert "finished already: digits" in again.stdout
+    assert summary["verdict"]["sentence"] in again.stdout
+    assert head.status() == ended
+
+    printed = head.run("logs", second)
+    assert printed.returncode == 0, printed.stderr
+    assert "verdict:" in printed.stdout
+    assert head.run("logs", second, "--follow").returncode == 0
+    assert secrets_of(head, second) == []
+
+
+def assert_an_interrupt_detaches(head: Head, name: str) -> None:
+    detached = subprocess.Popen(
+        command("submit", *head.recipe, "--address", head.address),
+        cwd=head.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     assert detached.stdout is not None
-    while "train:" not in detached.stdout.readline():  # it follows
+    while "evaluate start:" not in detached.stdout.readline():  # it follows
         assert detached.poll() is None
     detached.send_signal(signal.SIGINT)
     said, _ = detached.communicate(timeout=60)
@@ -142,85 +221,36 @@ def test_a_run_is_submitted_once_attached_to_stopped_and_resumed(head: Head) -> 
     assert f"detached; {name} goes on" in said
     assert f"swa-dist logs --follow {name} --address {head.address}" in said
 
-    stopped = head.run("stop", name)
-    assert stopped.returncode == 0, stopped.stderr
-    checkpoint = newest_checkpoint(head.folder)
-    assert checkpoint is not None
-    position = json.loads((checkpoint / "facts.json").read_text())["position"]
-    assert f"did at image {position} " in stopped.stdout
-    outputs = []
-    for process in following:
-        said, errors = process.communicate(timeout=60)
-        assert process.returncode == 75, errors
-        assert "asked to stop" in said
-        outputs.append(said)
-    assert sorted(f"submitted digits as {name}" in said for said in outputs) == [False, True]
-    assert sum("attached to it" in said for said in outputs) == 1
-    assert head.status()[name]["status"] == "stopped"
 
-    resumed = head.submit(*ENDLESS)
-    second = name.removesuffix("1") + "2"
-    wait_for(lambda: newest_checkpoint(head.folder) != checkpoint, 180)
-    assert head.run("stop", second).returncode == 0
-    said, errors = resumed.communicate(timeout=60)
-    assert resumed.returncode == 75, errors
-    assert f"{name} did not finish (stopped); its state is resumed" in said
-    assert f"submitted digits as {second}" in said
-    assert set(head.status()) == {name, second}
-    assert "has ended already" in head.run("stop", second).stdout
-    checkpoint = newest_checkpoint(head.folder)
-    assert checkpoint is not None
-    facts = json.loads((checkpoint / "facts.json").read_text())
-    assert facts["position"] > position
-    assert facts["averages"]["swa"] == [400 * epoch for epoch in range(1, facts["position"] // 400 + 1)]
-    assert json.loads((checkpoint.parents[1] / "attempt.json").read_text())["attempt"] == 2
-
-
-def test_a_run_finishes_once_and_then_says_so(head: Head) -> None:
-    first = head.submit()
-    said, errors = first.communicate(timeout=240)
-    assert first.returncode == 0, errors
-    assert "verdict:" in said
-    (summary_file,) = head.folder.glob("runs/swa-*/summary.json")
-    summary = json.loads(summary_file.read_text())
-    name = f"swa-{summary['run_key'][:12]}-a1"
-    assert head.status()[name]["status"] == "succeeded"
-    before = set(head.status())
-
-    again = head.submit()
-    said, errors = again.communicate(timeout=60)
-    assert again.returncode == 0, errors
-    assert "finished already: digits" in said
-    assert summary["verdict"]["sentence"] in said
-    assert set(head.status()) == before
-
-    printed = head.run("logs", name)
-    assert printed.returncode == 0, printed.stderr
-    assert "verdict:" in printed.stdout
-    assert head.run("logs", name, "--follow").returncode == 0
-
-    # Secrets were in the environment of all of them.
-    leaks = []
-    for root in (head.folder, Path(f"/tmp/swa-ray-{os.getpid()}")):
+def secrets_of(head: Head, name: str) -> list[tuple[Any, str]]:
+    """Where the secrets that are in the environment of all of them lie open, after the run of this name."""
+    leaks: list[tuple[Any, str]] = []
+    for root in (head.folder, scratch_of_ray()):
         for path in (path for path in root.rglob("*") if path.is_file() and not path.is_symlink()):
             content = path.read_bytes()
             leaks += [(path, value) for value in (*CANARIES.values(), TOKEN) if value.encode() in content]
     jobs = requests.get(f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10).text
     assert name in jobs
-    leaks += [("jobs", value) for value in (*CANARIES.values(), TOKEN) if value in jobs]
-    assert leaks == []
+    return leaks + [("jobs", value) for value in (*CANARIES.values(), TOKEN) if value in jobs]
 
 
 def test_what_the_smoke_overlay_runs_runs_on_a_cluster(head: Head) -> None:
-    """The manifest's entrypoint, its mounts elsewhere and its epochs fewer."""
+    """The manifest's entrypoint, its mounts elsewhere, its epochs fewer and its network smaller."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl, which renders the overlay, is not installed")
     entrypoint = kube.template_of(kube.render("cpu-smoke"))["spec"]["entrypoint"].split()
     moved = [word.replace("/runs", str(head.folder / "smoke")) for word in entrypoint]
     assert moved != entrypoint
-    fewer = ["--set", "optim.epochs=1", "--set", f"tracking.uri=sqlite:///{head.folder / 'smoke.db'}"]
+    for name, value in {
+        "optim.epochs": 1,
+        "model.arch": "shufflenet_v2_x0_5",
+        "data.group_images": 32,
+        "tracking.uri": f"sqlite:///{head.folder / 'mlflow.db'}",
+        "registry.model": "smoke",
+    }.items():
+        moved += ["--set", f"{name}={value}"]
     submitted = subprocess.run(
-        ["ray", "job", "submit", "--address", head.address, "--", *map(shlex.quote, moved + fewer)],
+        ["ray", "job", "submit", "--address", head.address, "--", *map(shlex.quote, moved)],
         env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
         cwd=head.folder,
         capture_output=True,
@@ -292,19 +322,11 @@ def test_a_run_that_the_cluster_does_not_know_is_named(head: Head) -> None:
     assert "swa-0123456789ab-a1 is none" in result.stderr
 
 
-def test_a_key_that_is_another_on_the_cluster_is_refused(head: Head, few_digits: Path) -> None:
+def test_a_key_that_is_another_on_the_cluster_is_refused(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the index was refreshed between submission and start."""
-    environment = os.environ | {
-        "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"metadata": {"job_submission_id": "swa-0123456789ab-a1"}})
-    }
-    result = subprocess.run(
-        command("finetune", *head.recipe, "--set", "cluster.address=auto"),
-        cwd=head.folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    job = {"metadata": {"job_submission_id": "swa-0123456789ab-a1"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    result = swa_dist("finetune", *head.recipe, "--set", "cluster.address=auto", cwd=head.folder)
     assert result.returncode == 78
     assert "must be the one with key 0123456789ab" in result.stderr
 

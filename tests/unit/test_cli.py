@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -315,14 +316,19 @@ def test_a_submission_that_cannot_be_is_refused_with_its_code(run, monkeypatch, 
     assert says in err
 
 
-def test_the_entry_point_for_jobs_by_hand_is_finetune_on_the_jobs_cluster(here):
-    arguments = [sys.executable, str(JOBS / "finetune.py"), "digits.yaml", "--set", "optim.epochs=zero"]
-    result = subprocess.run(arguments, cwd=JOBS, capture_output=True, text=True, check=False)
+def test_the_entry_point_for_jobs_by_hand_is_finetune_on_the_jobs_cluster(monkeypatch, capsys):
+    arguments = [str(JOBS / "finetune.py"), "digits.yaml", "--set", "optim.epochs=zero"]
+    result = subprocess.run([sys.executable, *arguments], cwd=JOBS, capture_output=True, text=True, check=False)
     assert result.returncode == 78
     assert "`optim.epochs` must be" in result.stderr
-    arguments[-1] = "cluster.launcher=process"  # on two workers, which one process is not: so it runs `finetune`
-    result = subprocess.run(arguments, cwd=JOBS, capture_output=True, text=True, check=False)
-    assert "`cluster.num_workers` must be 1 where `cluster.launcher` is process" in result.stderr
+    # On two workers, which one process is not: so it runs `finetune`. In this process, which has what that imports.
+    monkeypatch.chdir(JOBS)
+    monkeypatch.setattr(sys, "argv", [*arguments[:-1], "cluster.launcher=process"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(arguments[0], run_name="__main__")
+    assert end.value.code == 78
+    assert sys.argv[1:4] == ["finetune", "--set", "cluster.address=auto"]
+    assert "`cluster.num_workers` must be 1 where `cluster.launcher` is process" in capsys.readouterr().err
 
 
 def test_a_recipe_travels_in_a_variable(run, monkeypatch):

@@ -468,6 +468,7 @@ def check_no_half_run(place, name, before):
         assert not found or json.loads(found[ATTEMPT])["removing"]
 
 
+@pytest.mark.faults
 def test_a_kill_at_any_moment_leaves_no_half_run_and_the_next_one_removes_the_rest(place, tmp_path):
     own, old, halves = place.run(), place.run(days=99), 0
     before, first = place.content(old), 0
