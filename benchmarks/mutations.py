@@ -103,6 +103,41 @@ MUTATIONS = [
         "",
         "tests/distributed/test_batchnorm.py",
     ),
+    Mutation(
+        "BatchNorm's parts summed when a run resumes within an epoch",
+        "training/batchnorm.py",
+        "if len(statistics) == self._world.size:",
+        "if self._world.size == 10**9:",
+        "tests/distributed/test_exact_resume.py -k within_an_epoch",
+    ),
+    Mutation(
+        "DDP's buckets left to settle after a resume",
+        "training/train.py",
+        "for _ in range(2):",
+        "for _ in range(0):",
+        "tests/distributed/test_exact_resume.py",
+    ),
+    Mutation(
+        "an epoch's metrics begun anew when a run resumes within it",
+        "training/train.py",
+        "tallies.begin_epoch(state.tallies)",
+        "tallies.begin_epoch({})",
+        "tests/distributed/test_exact_resume.py -k within_an_epoch",
+    ),
+    Mutation(
+        "a skipped step that leaves its traces in BatchNorm",
+        "training/loop.py",
+        "            running.undo()\n",
+        "            pass\n",
+        "tests/faults/test_worker_faults.py -m faults -k spoils",
+    ),
+    Mutation(
+        "the guard's memory lost when a run resumes",
+        "training/state.py",
+        'self.guard.restore(facts["guard"])',
+        "pass",
+        "tests/faults/test_worker_faults.py -m faults -k resumed_run_skips",
+    ),
 ]
 
 

@@ -207,7 +207,8 @@ def _watched(board: Any, told: Callable[[], bool]) -> Iterator[None]:
 def _look(board: Any, told: Callable[[], bool]) -> None:
     if told():
         unheard = ray.get(board.ask.remote(_STOP), timeout=_ANSWER_SECONDS)
-        if unheard > _UNHEARD_SECONDS:  # Ray waits for machines, and there is no worker to save anything
+        ended = ray.get(board.ended_by.remote(), timeout=_ANSWER_SECONDS)
+        if unheard > _UNHEARD_SECONDS and ended is None:  # Ray waits for machines: there is no worker to save anything
             _thread.interrupt_main()
         return
     # What Ray Train's own watcher asks. Its public answer, ray.train.get_preemption_info, is a barrier of all workers.

@@ -1,18 +1,22 @@
 """Several averages of one run, a longer run from a shorter one, and what never enters an average."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torchvision.models import ShuffleNetV2
 
 from swa_dist import config
+from swa_dist.data.order import Batch
 from swa_dist.storage.store import DiskStore
 from swa_dist.training.finetune import finetune
 from swa_dist.training.state import load_entry
 from swa_dist.training.world import World
-from tests import support
+from tests import small_run, support
 from tests.distributed.test_results import loaders, small_recipe_of, weights_of
 
 ALL = {
@@ -112,3 +116,30 @@ def test_weights_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpo
 def diverge(world: World, tree: dict[str, Any], root: str) -> None:
     recipe = config.from_tree(tree)
     finetune(recipe, world, loaders(recipe, world), DiskStore(Path(root)), support.Recorder(), lambda: False)
+
+
+def test_weights_that_went_bad_between_steps_enter_no_average(tmp_path: Path) -> None:
+    with pytest.raises(support.WorkerError, match=r"weights must be finite to be averaged, but `.*` on rank 1 is not"):
+        support.run_workers(run_with_a_bad_weight, 2, str(tmp_path))
+    for name in DiskStore(tmp_path).names("checkpoints"):
+        parts, _ = load_entry(DiskStore(tmp_path), name)
+        assert all(torch.isfinite(tensor).all() for tensor in parts["swa.sum"].values())
+
+
+class Spoiling(small_run.TrappedLoaders):
+    """A weight of rank 1 is not a number any more before the last batch of the second epoch, whose step is skipped."""
+
+    def train(self, epoch: int, start: int) -> Iterator[Batch]:
+        for batch in super().train(epoch, start):
+            if (epoch, batch.num_images, self.rank) == (1, 24, 1):
+                (model,) = [one for one in gc.get_objects() if isinstance(one, ShuffleNetV2)]
+                with torch.no_grad():
+                    model.fc.bias[3] = torch.nan
+            yield batch
+
+
+def run_with_a_bad_weight(world: World, root: str) -> None:
+    recipe = small_run.recipe_of()
+    plain = small_run.loaders_of(recipe, world)
+    spoiling = Spoiling(**{name: getattr(plain, name) for name in plain.__dataclass_fields__})
+    finetune(recipe, world, spoiling, DiskStore(Path(root)), support.Recorder(), lambda: False)
