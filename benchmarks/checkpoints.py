@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/checkpoints.py [--rounds 5] [--out FOLDER]
 
-A step sleeps, as a process does that waits for its GPU. Rounds with one checkpoint and without alternate; what a checkpoint
+A step sleeps, as a process does that waits for its GPU. Rounds with one checkpoint and without alternate; what one
 costs is the difference of their medians, and the overhead that, per interval of `checkpoint.interval_seconds: auto`.
 """
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -391,7 +392,8 @@ def test_a_second_ctrl_c_does_not_take_the_place_of_the_first(tmp_path):
     facts = folder.local / "checkpoints/000000000400/facts.json"
     facts.unlink()
     os.mkfifo(facts)  # reading it waits, until the signal comes
-    threading.Timer(0.5, os.kill, (os.getpid(), 2)).start()
+    # To this thread: another that got it would not end the wait.
+    threading.Timer(0.5, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
     assert post_mortem.write(folder, 1, raised(KeyboardInterrupt()), RECIPE) is None
 
 
