@@ -1,6 +1,7 @@
 """What all tests share: an environment that leaves the machine alone, real images, weights fitted to them."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from tests import support
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A home of our own, no telemetry, no service that this machine happens to name."""
+    """A home of our own, no telemetry, no service that this machine happens to name, and Ctrl-C that is heard: a shell
+    has what it starts in the background ignore it, and so all that this starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -49,7 +49,7 @@ def newest(store: Store, kind: str, warn: Callable[[str], None]) -> str | None:
         try:
             store.open(name)
         except CheckpointError as error:
-            warn(f"{error} Set aside as {store.set_aside(name)}; going on with the one before it.")
+            warn(f"{error} Set aside as {store.set_aside(name)}; going on with the one before it, if there is one.")
         else:
             return name
     return None

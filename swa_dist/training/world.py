@@ -1,5 +1,6 @@
 """The workers of a run, as one of them sees them. The same functions run alone and on many."""
 
+import os
 import pickle
 import threading
 import warnings
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from swa_dist.errors import NumericsError
+from swa_dist.errors import NumericsError, ServiceError
 
 T = TypeVar("T")
 
@@ -113,14 +114,20 @@ class TorchWorld:
 
 
 def join_from_environment(device: torch.device, timeout_seconds: int) -> TorchWorld:
-    """Collective: the world of the processes that torchrun started."""
+    """Collective: the world of the processes that torchrun started. Raises ServiceError where they don't meet."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else NCCL takes the first GPU for all
-    dist.init_process_group(
-        backend, timeout=timedelta(seconds=timeout_seconds), device_id=device if device.type == "cuda" else None
-    )
-    return TorchWorld(device, timeout_seconds)
+    try:
+        dist.init_process_group(
+            backend, timeout=timedelta(seconds=timeout_seconds), device_id=device if device.type == "cuda" else None
+        )
+        return TorchWorld(device, timeout_seconds)
+    except (dist.DistError, RuntimeError) as error:
+        raise ServiceError(
+            f"all workers must meet within {timeout_seconds} s (`cluster.collective_timeout_seconds`), but rank"
+            f" {os.environ.get('RANK', '?')} did not meet all: {str(error).splitlines()[0][:300]}. Start them again."
+        ) from error
 
 
 def pin_arithmetic(device: torch.device) -> None:
