@@ -27,7 +27,7 @@ class Fault:
     words: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Outcomes:
     """A pytest plugin that remembers how each test ended, and what the slow ones printed."""
 
