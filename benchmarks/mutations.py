@@ -92,8 +92,8 @@ MUTATIONS = [
     Mutation(
         "one worker's moments instead of all",
         "training/recalibrate.py",
-        "for one in world.sum_(places):",
-        "for one in places:",
+        "for one in stacked(world, flat):",
+        "for one in flat[None]:",
         "tests/distributed/test_batchnorm.py",
     ),
     Mutation(

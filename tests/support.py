@@ -109,20 +109,20 @@ def _worker(
     try:
         world: World = SoloWorld()
         if size > 1:
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{rendezvous}",
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(seconds=TIMEOUT_SECONDS),
-            )
-            world = TorchWorld(torch.device("cpu"), TIMEOUT_SECONDS)
+            world = joined(rendezvous, rank, size, TIMEOUT_SECONDS)
         sender.send((True, work(world, *args)))
     except BaseException:
         sender.send((False, traceback.format_exc()))
     finally:
         sender.close()
         os._exit(0)  # not through atexit: what gloo or DALI do there can hang when a peer was killed
+
+
+def joined(rendezvous: str, rank: int, size: int, timeout_seconds: float) -> TorchWorld:
+    """Collective: the processes that meet at this file, as a gloo group."""
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout)
+    return TorchWorld(torch.device("cpu"), timeout_seconds)
 
 
 def digits_recipe(digits: str | Path, weights: str | Path, **fields: Any) -> Recipe:

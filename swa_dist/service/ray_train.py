@@ -26,7 +26,7 @@ from swa_dist.config import Cluster
 from swa_dist.errors import ConfigError, ServiceError, Stopped, SwaDistError
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Job, work
-from swa_dist.service.stopping import Termination
+from swa_dist.service.stopping import Termination, never
 from swa_dist.storage.folder import join
 from swa_dist.training.world import TorchWorld
 
@@ -122,7 +122,7 @@ def _worker(settings: dict[str, Any]) -> None:
         world = TorchWorld(ray.train.torch.get_device(), timeout)
         board.here.remote(world.rank, world.size, ray.get_runtime_context().get_node_id())
         try:
-            with _asked(board) if world.rank == 0 else contextlib.nullcontext(_never) as should_stop:
+            with _asked(board) if world.rank == 0 else contextlib.nullcontext(never) as should_stop:
                 work(job, world, _BoardDisplay(board), should_stop)
         except Stopped as stopped:  # as one, on all workers
             if not ray.get(board.leave.remote()):
@@ -252,10 +252,6 @@ def _polling(look: Callable[[], None], name: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(timeout=2 * _ANSWER_SECONDS)
-
-
-def _never() -> bool:
-    return False
 
 
 class _BoardDisplay:

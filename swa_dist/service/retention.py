@@ -227,17 +227,15 @@ class _Asked:
         if facts.uri in self._silent:
             return True
         try:
-            return tracking.patiently(lambda: _is_aliased(facts))
+            return tracking.patiently(
+                lambda: registry.is_aliased(facts.uri, facts.run_key, facts.run_id, facts.registered)
+            )
         except ServiceError as error:
             self._display.say(f"warning: {error} None of its runs is removed.")
             self._silent.add(facts.uri)
         except CheckpointError as error:
             self._display.say(f"warning: {error}")
         return True
-
-
-def _is_aliased(facts: _Facts) -> bool:
-    return registry.is_aliased(facts.uri, facts.run_key, facts.run_id, facts.registered)
 
 
 def _count(number: int, what: str) -> str:

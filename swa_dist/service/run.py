@@ -175,7 +175,7 @@ def work(job: Job, world: World, display: Display, should_stop: Callable[[], boo
         log.alive(_HANGING * recipe.cluster.collective_timeout_seconds)
         stack.enter_context(failures.named(recipe, world))
         on_rank_zero(world, job.check_lease)  # workers outlive a driver that was cut off
-        requested = stack.enter_context(stopping.requested(folder)) if world.rank == 0 else _never
+        requested = stack.enter_context(stopping.requested(folder)) if world.rank == 0 else stopping.never
         if world.rank == 0:  # who alone reads them
             folder.pull(job.start)
         loaders = DaliLoaders(
@@ -290,10 +290,6 @@ def _decoding_threads(recipe: Recipe) -> int:
     if recipe.cluster.launcher == "ray" and "TORCHELASTIC_RUN_ID" not in os.environ:
         return max(1, int(recipe.cluster.cpus_per_worker))
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _never() -> bool:
-    return False
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ def requested(folder: Folder) -> Iterator[Callable[[], bool]]:
         ended.set()
 
 
+def never() -> bool:
+    """Who asks nobody."""
+    return False
+
+
 class Termination:
     """SIGTERM to this process, from `installed` on. It raises Stopped in the main thread, except within `awaited`,
     where it is waited for that someone asks. Elsewhere than in a main thread nothing is changed."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swa_dist.training.world import World
+from swa_dist.training.world import World, stacked
 
 
 def layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -82,12 +82,8 @@ class RunningStatistics:
         "counts" int64 [workers, layers], on the CPU. The sum in another order has other bits, so it won't do."""
         if not self._buffers:
             return {}
-        gathered = {}
-        for name, own in (("statistics", self._flat()), ("counts", torch.stack(self._counts))):
-            places = torch.zeros(self._world.size, *own.shape, dtype=own.dtype, device=own.device)
-            places[self._world.rank] = own
-            gathered[name] = self._world.sum_(places).cpu()
-        return gathered
+        own = {"statistics": self._flat(), "counts": torch.stack(self._counts)}
+        return {name: stacked(self._world, values).cpu() for name, values in own.items()}
 
     @torch.no_grad()
     def restore(self, parts: dict[str, Tensor]) -> None:

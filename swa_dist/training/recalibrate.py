@@ -13,7 +13,7 @@ from swa_dist.data.order import Loaders, Span
 from swa_dist.errors import DataError, NumericsError
 from swa_dist.method.moments import Moments
 from swa_dist.training import batchnorm
-from swa_dist.training.world import World
+from swa_dist.training.world import World, stacked
 
 _HALVES = 2
 _AUTO_GROUPS = 32  # groups between two looks at the sampling error
@@ -263,11 +263,8 @@ def _pool(moments: list[Moments], world: World) -> list[Moments]:
         return []
     flat = torch.cat([m.values for m in moments], dim=1)
     widths = [m.values.shape[1] for m in moments]
-    # One sum of a tensor in which each worker fills its own place is a gather that every backend has.
-    places = torch.zeros(world.size, *flat.shape, dtype=flat.dtype, device=flat.device)
-    places[world.rank] = flat
     pooled = [Moments(width, world.device) for width in widths]
-    for one in world.sum_(places):
+    for one in stacked(world, flat):
         for merged, values in zip(pooled, one.split(widths, dim=1), strict=True):
             merged.merge(Moments.of(values))
     return pooled

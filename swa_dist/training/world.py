@@ -201,6 +201,14 @@ def broadcast_tensors(world: World, tensors: dict[str, Tensor] | None, source: i
     return sent
 
 
+def stacked(world: World, tensor: Tensor) -> Tensor:
+    """Collective: every worker's `tensor`, by rank, on every worker: [workers, ...]. They must be of one shape."""
+    # A sum in which each worker fills its own place is a gather that every backend has.
+    places = torch.zeros(world.size, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    places[world.rank] = tensor
+    return world.sum_(places)
+
+
 def _minority(values: Sequence[Any]) -> int | None:
     """The one rank that differs where all others agree: it takes three to tell."""
     if len(values) < 3:

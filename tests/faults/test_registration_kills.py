@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,6 @@ def finetune(world: World, cwd: str, arguments: list[str], kill_at: int) -> None
         return conclude(*arguments, **named)
 
     result.conclude = concluded
-    os.environ["SWA_DIST_TESTED"] = "1"
-    import sys
-
     sys.argv = ["swa-dist", *arguments]
     with open(Path(cwd) / "said", "a") as said:
         os.dup2(said.fileno(), 1)

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +87,7 @@ def impatient(rendezvous: str) -> TorchWorld:
     """The same workers, in a group that waits for seconds."""
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=SHORT_SECONDS),
-    )
-    return TorchWorld(torch.device("cpu"), SHORT_SECONDS)
+    return support.joined(rendezvous, rank, size, SHORT_SECONDS)
 
 
 class StoppingWorld:

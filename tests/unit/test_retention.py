@@ -431,7 +431,7 @@ class Silent:
     def say(self, line):
         pass
 
-retention._is_aliased = lambda facts: False  # which writes nothing, and is asked in the tests above
+retention.registry.is_aliased = lambda *which: False  # which writes nothing, and is asked in the tests above
 print("ready", flush=True)
 for line in sys.stdin:
     recipe, url, moment = line.split()
