@@ -74,12 +74,16 @@ NOWHERE = Trap("nowhere", 0)
 
 @dataclass(unsafe_hash=True)
 class WithinAnEpoch(Trap):
-    """Kills rank 0 at the first batch at which the newest checkpoint is one within the second epoch, or later."""
+    """Kills rank 0 at the first batch at which the newest checkpoint is one within the second epoch, or later.
+
+    Each batch leaves the thread that writes checkpoints some time, so that one is surely done within an epoch.
+    """
 
     root: str = ""
 
     def at(self, point: str, rank: int) -> None:
         if (point, rank) == ("batch", 0):
+            time.sleep(0.4)
             newest = committed(Path(self.root))
             if newest > NUM_TRAIN and newest % NUM_TRAIN:
                 os.kill(os.getpid(), signal.SIGKILL)
