@@ -16,6 +16,8 @@ from swa_dist.storage.folder import absolute
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from swa_dist.data.index import Index
+    from swa_dist.service.data import Images
     from swa_dist.service.kube import Kube
     from swa_dist.service.progress import Display
     from swa_dist.service.ray_jobs import RayJobs
@@ -36,7 +38,13 @@ app.add_typer(data_app, name="data")
 _LOG_WIDTH = 120
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A weights file, of a run or from elsewhere.")]
-DataPath = Annotated[Path, typer.Argument(metavar="DATA", help="A folder of class folders of images.")]
+DataPath = Annotated[str, typer.Argument(metavar="DATA", help="A folder of class folders, or of shards; or s3://.")]
+Source = Annotated[str | None, typer.Argument(metavar="[SRC]", help="Class folders, shards, ...; or s3://.")]
+Labels = Annotated[str, typer.Option(help="Of a flat folder: the file that says the images' classes.")]
+OfBoth = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="RECIPE", help="Its data.train and data.val, with indices in its data.index."),
+]
 OfRun = Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="Default: that of the run MODEL is in.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecipePath = Annotated[
@@ -145,38 +153,71 @@ def digits(folder: Annotated[Path, typer.Argument(help="Where to write; left alo
 
 @data_app.command()
 def index(
-    folder: Annotated[Path | None, typer.Argument(help="A folder of class folders.")] = None,
-    out: Annotated[
-        str | None, typer.Option(help="Where to write the index of FOLDER (Parquet), on disk or S3.")
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", metavar="RECIPE", help="Index its data.train and data.val into its data.index."),
-    ] = None,
+    source: Source = None,
+    out: Annotated[str | None, typer.Option(help="Where to write the index of SRC (Parquet), on disk or S3.")] = None,
+    labels: Labels = "auto",
+    recipe: OfBoth = None,
     overrides: Overrides = None,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Leave out files that are no whole images, instead of refusing them.")
+    ] = False,
 ) -> None:
     """Read images' headers: how many, which classes, which files are damaged, and the digest that names it all.
 
-    With --recipe, where the images are, for submissions from where they are not.
+    SRC: class folders, a flat folder with a file of labels, or tar shards. With --recipe, where the images are, for
+    submissions from where they are not. A second time only what has changed is read.
     """
-    from swa_dist.data import index as source
-    from swa_dist.service import identity
+    from swa_dist.data.index import data_digest
+    from swa_dist.service import data
 
-    if (folder is None) == (recipe is None):
-        raise typer.BadParameter("give either FOLDER or --recipe RECIPE")
-    if recipe is not None:
-        checked = identity.absolute_addresses(_load(recipe, overrides))
-        digest = _shown(lambda display: identity.write_indices(checked, display))
-        print(f"{checked.data.index}: indices of train and val, digest {digest}")
+    if recipe is not None and source is None:
+        checked = _absolute(recipe, overrides)
+        train, val = _shown(lambda display: data.write_indices(checked, display, quarantine=quarantine))
+        for images, found in zip(data.of_recipe(checked), (train, val), strict=True):
+            print(_index_line(images.root, found))
+        print(f"{checked.data.index}: indices of train and val, digest {data_digest(train, val)}")
         return
-    assert folder is not None
-    root = folder.resolve()
-    found = _shown(
-        lambda display: source.scan(root, "FOLDER", lambda done, total: display.progress("index", done, total))
-    )
-    if out is not None:
-        source.save(found, absolute(out))
-    print(f"{folder}: {len(found):,} images, {len(found.classes):,} classes, digest {found.digest}")
+    (images,) = _places(source, out, labels, recipe, overrides)
+    found = _shown(lambda display: data.write_index(images, display, quarantine=quarantine))
+    print(f"{_index_line(str(source), found)}, digest {found.digest}")
+
+
+@data_app.command()
+def verify(
+    source: Source = None,
+    out: Annotated[str | None, typer.Option(help="The index of SRC, to note in what was found.")] = None,
+    labels: Labels = "auto",
+    recipe: OfBoth = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decode every image. Those that can't be are named, and left out of the index and so of training.
+
+    Without an index to note it in, ends with 65 where an image is bad.
+    """
+    from swa_dist.service import data
+
+    places = _places(source, out, labels, recipe, overrides)
+    found = _shown(lambda display: data.check(places, display), quiet=as_json)
+    print(json.dumps([one.facts() for one in found], indent=1) if as_json else "\n".join(map(str, found)))
+    if any(one.bad and one.images.index is None for one in found):
+        sys.exit(ExitCode.BAD_DATA)
+
+
+@data_app.command()
+def shard(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Images as `data index` takes them.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="An empty folder, on disk or S3.")],
+    out: Annotated[str | None, typer.Option("--index", help="The index of SRC, whose bad images are left out.")] = None,
+    labels: Labels = "auto",
+    images_per_shard: Annotated[int, typer.Option(min=2, help="About 110 KB each, of ImageNet.")] = 1024,
+) -> None:
+    """Write images as tar shards in a fixed random order, readable by WebDataset too. Goes on where it was ended."""
+    from swa_dist.service import data
+
+    (images,) = _places(source, out, labels, None, None)
+    found = _shown(lambda display: data.shard(images, absolute(target), images_per_shard, display))
+    print(f"{target}: {len(found):,} images in {len(found.shards):,} shards, digest {found.digest}")
 
 
 @app.command()
@@ -310,6 +351,31 @@ def _say_end(why: str, error: BaseException) -> None:
     from swa_dist.service.environment import redact
 
     print(redact("\n".join([f"swa-dist: {why}", *getattr(error, "__notes__", ())])), file=sys.stderr)
+
+
+def _absolute(recipe: str, overrides: list[str] | None) -> config.Recipe:
+    from swa_dist.service import identity
+
+    return identity.absolute_addresses(_load(recipe, overrides))
+
+
+def _places(
+    source: str | None, out: str | None, labels: str, recipe: str | None, overrides: list[str] | None
+) -> "list[Images]":
+    from swa_dist.service.data import Images, of_recipe
+
+    if (source is None) == (recipe is None):
+        raise typer.BadParameter("give either SRC or --recipe RECIPE")
+    if recipe is not None:
+        return of_recipe(_absolute(recipe, overrides))
+    assert source is not None
+    labels = labels if labels == "auto" else absolute(labels)
+    return [Images("SRC", absolute(source), labels, None if out is None else absolute(out))]
+
+
+def _index_line(place: str, found: "Index") -> str:
+    left_out = f", {found.num_left_out:,} left out" if found.num_left_out else ""
+    return f"{place}: {len(found):,} images, {len(found.classes):,} classes{left_out}"
 
 
 def _shown(work: "Callable[[Display], T]", *, quiet: bool = False) -> T:

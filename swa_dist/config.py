@@ -24,7 +24,7 @@ from ruamel.yaml.error import YAMLError
 from swa_dist.errors import ConfigError
 
 # Bump by hand when a change alters the numbers of an unchanged recipe: finished runs are then not taken for new ones.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 # The head of torchvision's models and the paper's learning rates are for this global batch.
 PAPER_GLOBAL_BATCH = 256
@@ -59,9 +59,13 @@ class Data:
     kind: Literal["imagenet", "other"] = "other"
     """`imagenet`: ILSVRC 2012, whose numbers of images and classes are then checked."""
     train: str
-    """Folder of the training images, one sub-folder per class."""
+    """Where the training images are, on disk or S3: a folder with a sub-folder per class, or tar shards as WebDataset
+    names them."""
     val: str
-    """Folder of the validation images, with the same classes."""
+    """Where the validation images are, with the same classes; or one flat folder of them, for `val_labels`."""
+    val_labels: str = "auto"
+    """For a flat folder: the file that says the images' classes. `auto`: one of the names that ImageNet's have, in the
+    folder or beside it."""
     global_batch: Annotated[int, Field(ge=2, le=1_048_576)] = PAPER_GLOBAL_BATCH
     """Images per optimizer step, over all workers."""
     group_images: Annotated[int, Field(ge=2, le=65_536)] = 32
@@ -79,8 +83,26 @@ class Data:
     index: str = "scan"
     """Folder, on disk or S3, of the indices that `swa-dist data index --recipe` wrote. `scan`: read the images' headers
     at each start; a submission, which doesn't see the images, needs an index."""
+    shard_window: Annotated[int, Field(ge=1, le=1_000_000)] = 16
+    """Training from shards: so many at a time, in random order, are shuffled together. More are closer to a shuffle of
+    all images, fewer are read more locally."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Share of a split's images that may turn out not to be decodable; each is left out and named. With more the run
+    ends. One image may always be bad, unless this is 0."""
     num_threads: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = "auto"
     """Decoding threads per worker. `auto`: the cores this worker has."""
+    read_threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    """Reading threads per worker. `auto`: the cores this worker has; 32 for S3."""
+    groups_ahead: Literal["auto"] | Annotated[int, Field(ge=1, le=10_000)] = "auto"
+    """Groups whose encoded images each worker reads ahead. `auto`: 4; for S3 256 images."""
+    keep_decoded_gb: Literal["auto"] | Annotated[float, Field(ge=0, le=1_000_000)] = "auto"
+    """Memory per worker for decoded images of the evaluation and the recalibration, which are looked at several times.
+    `auto`: its share of a quarter of what is free."""
+    cache_dir: Annotated[str, Field(min_length=1)] = "auto"
+    """Folder on each machine for images from S3. `auto`: in the user's cache folder."""
+    cache_gb: Literal["auto"] | Annotated[float, Field(ge=0, le=1_000_000)] = "auto"
+    """How much of them is kept there. `auto`: half of what is free on that disk; in a Kubernetes pod nothing, unless
+    `cache_dir` is given, since the limits of its volumes can't be seen from within. 0: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
@@ -342,7 +364,14 @@ NOT_IN_KEY = frozenset(
         "data.train",
         "data.val",
         "data.index",
+        "data.val_labels",
+        "data.max_bad_share",
         "data.num_threads",
+        "data.read_threads",
+        "data.groups_ahead",
+        "data.keep_decoded_gb",
+        "data.cache_dir",
+        "data.cache_gb",
         "evaluate.published_top1",
         "evaluate.preflight",
         "checkpoint",

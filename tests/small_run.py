@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,14 +100,14 @@ class TrappedLoaders(MemoryLoaders):
     seen: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     """The groups of the training, by epoch and ids."""
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
-        for batch in super().train(epoch, start):
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
+        for batch in super().train(epoch, start, left_out):
             self.trap.at("batch", self.rank)
             self.seen.extend((epoch, tuple(group.ids.tolist())) for group in batch.groups)
             yield batch
 
-    def recalibration(self, span: Span, transforms: Transforms) -> Iterator[Group]:
-        for group in super().recalibration(span, transforms):
+    def recalibration(self, span: Span, transforms: Transforms, left_out: Mapping[int, str]) -> Iterator[Group]:
+        for group in super().recalibration(span, transforms, left_out):
             self.trap.at("recalibrate", self.rank)
             yield group
 

@@ -1,6 +1,6 @@
 """The same loaders over images that are in memory: for tests, and for machines without DALI."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,16 @@ from torchvision.transforms.v2 import functional
 
 from swa_dist.config import Data
 from swa_dist.data import order
-from swa_dist.data.order import Batch, Group, Ints, Span, Stream, Transforms
+from swa_dist.data.order import Batch, Group, Ints, Span, Split, Stream, Transforms
+from swa_dist.data.pixels import normalised
 
 
 @dataclass(frozen=True)
 class MemoryLoaders:
-    """One worker's loaders over images held as uint8 [images, 3, height, width], labels int64 [images]."""
+    """One worker's loaders over images held as uint8 [images, 3, height, width], labels int64 [images].
+
+    They are whole: whatever is said to be left out, nothing is.
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -35,7 +39,10 @@ class MemoryLoaders:
     def num_val(self) -> int:
         return len(self.val_images)
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
+    def name_of(self, split: Split, i: int) -> str:
+        return f"{split} image {i}"
+
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
         images = order.order(self.seed, Stream.TRAIN, epoch, self.num_train)
         for batch in order.batches_of(self.num_train, self.data.global_batch, start):
             groups = order.groups_of(batch, self.data.group_images)
@@ -45,7 +52,7 @@ class MemoryLoaders:
                 groups=[self._cropped(Stream.TRAIN, epoch, images, span) for span in self._deal(groups)],
             )
 
-    def recalibration(self, span: Span, transforms: Transforms) -> Iterator[Group]:
+    def recalibration(self, span: Span, transforms: Transforms, left_out: Mapping[int, str]) -> Iterator[Group]:
         images = order.order(self.seed, Stream.RECALIBRATE, 0, self.num_train)
         for one in self._deal(order.groups_of(span, self.data.group_images)):
             if transforms == "train":
@@ -96,7 +103,5 @@ class MemoryLoaders:
         return self._group(torch.where(mirrored, upright.flip(-1), upright), self.train_labels, ids)
 
     def _group(self, images: Tensor, labels: Tensor, ids: Ints) -> Group:
-        scaled = functional.normalize(
-            functional.to_dtype(images, torch.float32, scale=True), list(order.MEAN), list(order.STD)
-        )
-        return Group(images=scaled.to(self.device), labels=labels[torch.from_numpy(ids)].to(self.device), ids=ids)
+        pixels = normalised(images.permute(0, 2, 3, 1).to(self.device))
+        return Group(images=pixels, labels=labels[torch.from_numpy(ids)].to(self.device), ids=ids)

@@ -6,22 +6,20 @@ had without those before it. Only its raw bits are used, which numpy promises no
 """
 
 import enum
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from swa_dist.errors import ConfigError
 
+if TYPE_CHECKING:  # a submitter, which doesn't see the images, need not wait for it
+    from torch import Tensor
+
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-
-# Of ImageNet's red, green and blue, from 0 to 1, as torchvision's weights expect.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 _TRIES = 10  # of a random crop, as torchvision's RandomResizedCrop
 _DRAWS = 24  # 64-bit numbers per image: 2 per try, 2 for the place, 1 for the flip; a multiple of Philox's 4
@@ -38,12 +36,14 @@ class Stream(enum.IntEnum):
 class Group:
     """Images that go through the network together. `ids` are their places in the index."""
 
-    images: Tensor
+    images: "Tensor"
     """float32 [images, 3, height, width], normalised, on the worker's device."""
-    labels: Tensor
+    labels: "Tensor"
     """int64 [images], on the worker's device."""
     ids: Ints
     """int64 [images]."""
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    """Images of this group that can't be decoded and so are not in it: their places in the index, and why."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Batch:
     """One worker's share of a global batch."""
 
     num_images: int
-    """Images of the whole global batch, over all workers."""
+    """Images of the whole global batch, over all workers, with those that are left out."""
     num_groups: int
     """Groups of the whole global batch, over all workers."""
     groups: list[Group]
@@ -59,6 +59,7 @@ class Batch:
 
 
 Transforms = Literal["train", "eval"]
+Split = Literal["train", "val"]
 
 
 class Loaders(Protocol):
@@ -70,17 +71,22 @@ class Loaders(Protocol):
     @property
     def num_val(self) -> int: ...
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
-        """The global batches of an epoch, from the one that begins at position `start` of it."""
+    def name_of(self, split: Split, i: int) -> str:
+        """What people know the image at this place of the index by."""
 
-    def recalibration(self, span: "Span", transforms: Transforms) -> Iterator[Group]:
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
+        """The global batches of an epoch, from the one that begins at position `start` of it. `left_out`: images that
+        are known to be bad, and are left out. An image that turns out to be bad is left out of its group and named
+        there; raises DataError where less than two of a group are good."""
+
+    def recalibration(self, span: "Span", transforms: Transforms, left_out: Mapping[int, str]) -> Iterator[Group]:
         """This worker's groups of the training images at these positions of a fixed order.
 
-        With the random crops of training, or the centre crops of the evaluation.
+        With the random crops of training, or the centre crops of the evaluation. `left_out`: as for `train`.
         """
 
     def validation(self) -> Iterator[Group]:
-        """This worker's groups of the validation images, each image once."""
+        """This worker's groups of the validation images, each image once, or named as one that can't be decoded."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,15 @@ def order(seed: int, stream: Stream, epoch: int, num_images: int) -> Ints:
     """A permutation of the images of the index: the image at each position of an epoch."""
     keys = _generator(seed, stream, epoch, purpose=0).random_raw(num_images)
     return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def order_by_shards(seed: int, stream: Stream, epoch: int, shard_numbers: Ints, window: int) -> Ints:
+    """A permutation that needs few shards at a time: the shards in random order, `window` of them after the other, and
+    the images of each window in random order. `shard_numbers`: of each image, [images], from 0 on."""
+    keys = _generator(seed, stream, epoch, purpose=0).random_raw(len(shard_numbers))
+    of_shards = _generator(seed, stream, epoch, purpose=2).random_raw(1 + int(shard_numbers.max(initial=-1)))
+    places = np.argsort(np.argsort(of_shards, kind="stable"), kind="stable")
+    return np.lexsort((keys, places[shard_numbers] // window)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -166,6 +181,27 @@ def crops(
     top = np.where(any_fits, _below(u[:, 20], heights - height + 1), (heights - height) // 2)
     left = np.where(any_fits, _below(u[:, 21], widths - width + 1), (widths - width) // 2)
     return Crops(top, left, height, width, (u[:, 22] < 0.5) & flip)
+
+
+@dataclass(frozen=True)
+class Centres:
+    """What the evaluation sees, in pixels, int64 [images]: how large an upright image is made, and where in that the
+    window begins."""
+
+    height: Ints
+    width: Ints
+    top: Ints
+    left: Ints
+
+
+def centres(heights: Ints, widths: Ints, *, resize_size: int, image_size: int) -> Centres:
+    """The windows of images of these sizes. Those of torchvision's Resize, which rounds down, and CenterCrop, which
+    rounds half a pixel to the even one: DALI's own are up to a pixel beside them, and weights have their published
+    accuracy on torchvision's."""
+    shorter = np.minimum(heights, widths)
+    height, width = resize_size * heights // shorter, resize_size * widths // shorter
+    top, left = (np.rint((side - image_size) / 2).astype(np.int64) for side in (height, width))
+    return Centres(height, width, top, left)
 
 
 def _largest_centred(heights: Ints, widths: Ints, ratio: tuple[float, float]) -> tuple[Ints, Ints]:

@@ -18,6 +18,7 @@ import requests
 from swa_dist import config
 from swa_dist.config import Recipe
 from swa_dist.data import index
+from swa_dist.data.files import files_at
 from swa_dist.service import identity
 
 _TIMEOUT_SECONDS = 10
@@ -175,7 +176,7 @@ def images(recipe: Recipe) -> Finding:
         index.check_pair(train, val, recipe.model.num_classes)
         found = f"{len(train):,} and {len(val):,} in the indices in {recipe.data.index}"
         return Finding("", "ok", f"{found}, digest {index.data_digest(train, val)[:12]}")
-    missing = [root for root in (recipe.data.train, recipe.data.val) if not Path(root).is_dir()]
+    missing = [root for root in (recipe.data.train, recipe.data.val) if not files_at(root).exists()]
     if missing:
         return Finding("", "broken", f"{' and '.join(missing)} not there", "Set `data.train` and `data.val`.")
     return Finding("", "ok", f"{recipe.data.train} and {recipe.data.val}, read at each start; no index to submit with")

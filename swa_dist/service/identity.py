@@ -11,12 +11,15 @@ from swa_dist import config
 from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.index import Index
+from swa_dist.data.reading import Reader
+from swa_dist.data.scan import scan
 from swa_dist.errors import ConfigError, DataError
 from swa_dist.service.progress import Display
 from swa_dist.storage.folder import absolute, join
 
 SCAN = "scan"
-_LOOKED_AT = 20  # images of a named index whose files are looked for
+AUTO = "auto"
+_LOOKED_AT = 20  # images of a named index that are read
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def indices(recipe: Recipe, display: Display) -> tuple[Index, Index]:
     """The images of the training and the validation split: as the index that the recipe names has them, or as they are
     read here and now. Raises DataError where they are not whole."""
     if recipe.data.index == SCAN:
-        train, val = scan(recipe, display)
+        train, val = _scanned(recipe, display)
     else:
         train, val = named(recipe)
         for split, found in (("train", train), ("val", val)):
@@ -54,27 +57,13 @@ def indices(recipe: Recipe, display: Display) -> tuple[Index, Index]:
     return train, val
 
 
-def scan(recipe: Recipe, display: Display) -> tuple[Index, Index]:
+def _scanned(recipe: Recipe, display: Display) -> tuple[Index, Index]:
     """Read the headers of all images of a recipe."""
-    roots = {"train": recipe.data.train, "val": recipe.data.val}
-    train, val = (
-        index.scan(Path(root), split, functools.partial(display.progress, f"index {split}"))
-        for split, root in roots.items()
-    )
-    return train, val
-
-
-def write_indices(recipe: Recipe, display: Display) -> str:
-    """Read all images of a recipe and write the indices that it names. Returns the digest of the data."""
-    if recipe.data.index == SCAN:
-        raise ConfigError(
-            "`data.index` must be a folder to write the indices into, but is scan. Set it: --set data.index=FOLDER."
-        )
-    train, val = scan(recipe, display)
-    index.check_pair(train, val, recipe.model.num_classes)
-    for split, found in (("train", train), ("val", val)):
-        index.save(found, index_url(recipe, split))
-    return index.data_digest(train, val)
+    data = recipe.data
+    read_train = functools.partial(display.progress, "index train")
+    read_val = functools.partial(display.progress, "index val")
+    train = scan(data.train, "data.train", read_train)
+    return train, scan(data.val, "data.val", read_val, labels=data.val_labels)
 
 
 def named(recipe: Recipe) -> tuple[Index, Index]:
@@ -85,7 +74,7 @@ def named(recipe: Recipe) -> tuple[Index, Index]:
             " one where they are, with `swa-dist data index --recipe RECIPE --set data.index=FOLDER`, and set it."
         )
     train, val = (
-        index.load(index_url(recipe, split), Path(root))
+        index.load(index_url(recipe, split), root)
         for split, root in (("train", recipe.data.train), ("val", recipe.data.val))
     )
     return train, val
@@ -111,6 +100,10 @@ def _addresses(recipe: Recipe) -> dict[str, str]:
         "data.val": recipe.data.val,
         "output.dir": recipe.output.dir,
     }
+    if recipe.data.val_labels != AUTO:
+        found["data.val_labels"] = recipe.data.val_labels
+    if recipe.data.cache_dir != AUTO:
+        found["data.cache_dir"] = recipe.data.cache_dir
     if recipe.data.index != SCAN:
         found["data.index"] = recipe.data.index
     if recipe.checkpoint.extend_from != "nothing":
@@ -136,11 +129,12 @@ def is_registered(weights: str) -> bool:
 
 
 def _check_there(split: str, found: Index, recipe: Recipe) -> None:
-    """Raise DataError unless some images of a named index, from its first to its last, are where it says."""
-    step = max(1, len(found) // _LOOKED_AT)
-    for path in found.paths[::step]:
-        if not (found.root / path).is_file():
+    """Raise DataError unless some images of a named index, from its first to its last, are where and what it says."""
+    reader = Reader(found, None)
+    for i in range(0, len(found), max(1, len(found) // _LOOKED_AT)):
+        try:
+            reader.read(i)
+        except DataError as error:
             raise DataError(
-                f"`data.index` must be of the images in `data.{split}`, but {index_url(recipe, split)} names"
-                f" {found.root / path}, which is not there. Refresh it with `swa-dist data index --recipe RECIPE`."
-            )
+                f"`data.index` must be of the images in `data.{split}`, but {index_url(recipe, split)} is not: {error}"
+            ) from None

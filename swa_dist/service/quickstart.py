@@ -8,8 +8,10 @@ import torch
 
 from swa_dist import config, models
 from swa_dist.config import Recipe
-from swa_dist.data import digits, index
+from swa_dist.data import digits
 from swa_dist.data.dali import DaliLoaders
+from swa_dist.data.scan import scan
+from swa_dist.data.sizes import cores_here, sizes
 from swa_dist.method.schedule import Linear
 from swa_dist.service import launch
 from swa_dist.service.progress import Display
@@ -46,9 +48,17 @@ def quickstart(recipe: Recipe, display: Display, *, again: bool = False) -> Fini
 
 def digits_loaders(recipe: Recipe) -> DaliLoaders:
     """The recipe's images for this process alone."""
-    train = index.scan(Path(recipe.data.train), "train")
-    val = index.scan(Path(recipe.data.val), "val")
-    return DaliLoaders(train, val, recipe.data, recipe.seed, 0, 1, torch.device("cpu"), torch.get_num_threads())
+    train, val = scan(recipe.data.train, "data.train"), scan(recipe.data.val, "data.val")
+    return DaliLoaders(
+        train,
+        val,
+        recipe.data,
+        seed=recipe.seed,
+        rank=0,
+        world_size=1,
+        device=torch.device("cpu"),
+        sizes=sizes(recipe.data, cores_here(), 1),
+    )
 
 
 def train_start(
@@ -63,6 +73,6 @@ def train_start(
     schedule = Linear(_START_MAX_LR, _START_MIN_LR, run_images=images)
     running = RunningStatistics(model, world)
     for epoch in range(epochs):
-        for info in loop.steps(state, model, running, loaders.train(epoch, 0), schedule, recipe, world):
+        for info in loop.steps(state, model, running, loaders.train(epoch, 0, {}), schedule, recipe, world):
             display.progress("start", info.stop, images, f"epoch {epoch + 1}/{epochs}")
     write_atomic(path, safetensors.torch.save(model.state_dict()))

@@ -20,6 +20,7 @@ from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.index import Index
+from swa_dist.data.sizes import sizes as loader_sizes
 from swa_dist.errors import BusyError, ConfigError, Stopped, SwaDistError
 from swa_dist.service import checks, identity, post_mortem, registry, stopping, tracking
 from swa_dist.service.layout import ATTEMPT, RECIPE, STOP_REQUEST, SUMMARY, lease_url, run_dir
@@ -30,7 +31,7 @@ from swa_dist.service.weights import LocalWeights, fetch, published_top1
 from swa_dist.service.worker_log import WorkerLog
 from swa_dist.storage import lease
 from swa_dist.storage.files import sha256_file, writing
-from swa_dist.storage.folder import Folder, exists, join, open_folder, set_aside
+from swa_dist.storage.folder import Folder, as_uri, exists, join, open_folder, set_aside
 from swa_dist.training import failures
 from swa_dist.training.finetune import finetune
 from swa_dist.training.world import World, on_rank_zero, pin_arithmetic
@@ -178,18 +179,22 @@ def work(job: Job, world: World, display: Display, should_stop: Callable[[], boo
         requested = stack.enter_context(stopping.requested(folder)) if world.rank == 0 else stopping.never
         if world.rank == 0:  # who alone reads them
             folder.pull(job.start)
+        shown: Display = _Both(log, display) if world.rank == 0 else log
+        sizes = loader_sizes(recipe.data, _cores(recipe), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        shown.say(f"loader: {sizes}")
         loaders = DaliLoaders(
-            train_index=index.load(join(job.run_dir, "train.parquet"), Path(recipe.data.train)),
-            val_index=index.load(join(job.run_dir, "val.parquet"), Path(recipe.data.val)),
-            data=recipe.data,
+            index.load(join(job.run_dir, "train.parquet"), recipe.data.train),
+            index.load(join(job.run_dir, "val.parquet"), recipe.data.val),
+            recipe.data,
             seed=recipe.seed,
             rank=world.rank,
             world_size=world.size,
             device=world.device,
-            num_threads=_decoding_threads(recipe),
+            sizes=sizes,
+            warn=lambda message: shown.say(f"warning: {message}"),
         )
         tracking.configure_client()
-        tracker = SpoolTracker(registry.spool_of(folder), _Both(log, display)) if world.rank == 0 else _Quiet(log)
+        tracker = SpoolTracker(registry.spool_of(folder), shown) if world.rank == 0 else _Quiet(log)
         patience = _STOPPED_SECONDS
         try:
             finetune(recipe, world, loaders, folder.store, tracker, lambda: should_stop() or requested())
@@ -272,7 +277,7 @@ def _open_spool(job: Job, folder: Folder, recipe: Recipe, train: Index, val: Ind
         "swa.version": version("swa_dist"),
     }
     datasets = {
-        split: {"source": found.root.as_uri(), "name": f"{recipe.data.name}-{split}", "digest": found.digest}
+        split: {"source": as_uri(found.root), "name": f"{recipe.data.name}-{split}", "digest": found.digest}
         for split, found in (("train", train), ("val", val))
     }
     spool.append(
@@ -283,10 +288,8 @@ def _open_spool(job: Job, folder: Folder, recipe: Recipe, train: Index, val: Ind
     )
 
 
-def _decoding_threads(recipe: Recipe) -> int:
-    threads = recipe.data.num_threads
-    if threads != "auto":
-        return threads
+def _cores(recipe: Recipe) -> int:
+    """Of this worker."""
     if recipe.cluster.launcher == "ray" and "TORCHELASTIC_RUN_ID" not in os.environ:
         return max(1, int(recipe.cluster.cpus_per_worker))
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

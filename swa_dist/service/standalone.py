@@ -11,12 +11,14 @@ from torch import nn
 
 from swa_dist import config, models
 from swa_dist.config import Recipe
-from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.order import check_groups
+from swa_dist.data.scan import scan
+from swa_dist.data.sizes import cores_here, sizes
 from swa_dist.errors import ConfigError, DataError, OutputError
 from swa_dist.service.progress import Display
 from swa_dist.storage.files import check_writable, write_atomic
+from swa_dist.storage.folder import absolute
 from swa_dist.training.evaluate import evaluate
 from swa_dist.training.recalibrate import most_images, recalibrate_as
 from swa_dist.training.world import SoloWorld
@@ -32,7 +34,7 @@ def recipe_beside(weights: Path) -> Path:
     raise ConfigError(f"`--recipe` must be given for weights outside a run's folder, but is not, for {weights}.")
 
 
-def evaluate_file(weights: Path, data: Path, recipe: Recipe, display: Display) -> dict[str, Any]:
+def evaluate_file(weights: Path, data: str, recipe: Recipe, display: Display) -> dict[str, Any]:
     """The metrics of the weights on a folder of class folders, as a run with this recipe would find them."""
     world = _world()
     model, loaders = _opened(weights, data, recipe, world, display)
@@ -44,10 +46,10 @@ def evaluate_file(weights: Path, data: Path, recipe: Recipe, display: Display) -
         world,
         functools.partial(display.progress, "evaluate"),
     )
-    return {"weights": str(weights), "data": str(data), "num_images": loaders.num_val} | outcomes.metrics()
+    return {"weights": str(weights), "data": data, "num_images": len(outcomes.ids)} | outcomes.metrics()
 
 
-def recalibrate_file(weights: Path, data: Path, out: Path, recipe: Recipe, display: Display) -> dict[str, Any]:
+def recalibrate_file(weights: Path, data: str, out: Path, recipe: Recipe, display: Display) -> dict[str, Any]:
     """Write the weights, with BatchNorm statistics of the images in a folder of class folders, to `out`."""
     if out.suffix != ".safetensors":
         raise ConfigError(f"`--out` must be a .safetensors file, but is {out}.")
@@ -62,7 +64,7 @@ def recalibrate_file(weights: Path, data: Path, out: Path, recipe: Recipe, displ
     if report.num_layers == 0:
         display.say(f"note: {recipe.model.arch} has no BatchNorm; {out} holds the weights as they were")
     write_atomic(out, safetensors.torch.save({name: t.cpu() for name, t in model.state_dict().items()}))
-    return {"weights": str(weights), "data": str(data), "out": str(out)} | asdict(report)
+    return {"weights": str(weights), "data": data, "out": str(out)} | asdict(report)
 
 
 def _world() -> SoloWorld:
@@ -70,20 +72,28 @@ def _world() -> SoloWorld:
 
 
 def _opened(
-    weights: Path, data: Path, recipe: Recipe, world: SoloWorld, display: Display
+    weights: Path, data: str, recipe: Recipe, world: SoloWorld, display: Display
 ) -> tuple[nn.Module, DaliLoaders]:
     if not weights.is_file():
         raise ConfigError(f"`MODEL` must be a weights file, but {weights} does not exist.")
     local = config.replace(recipe, **{"model.weights": str(weights), "model.head": "keep"})
     model = models.build(local.model, local.seed)
     models.load(model, local.model)
-    found = index.scan(data.resolve(), "DATA", functools.partial(display.progress, "index"))
+    found = scan(absolute(data), "DATA", functools.partial(display.progress, "index"), labels=recipe.data.val_labels)
     if len(found.classes) != recipe.model.num_classes:
         raise DataError(
             f"`DATA` must have the {recipe.model.num_classes} classes of the model, but {data} has"
             f" {len(found.classes)}."
         )
     loaders = DaliLoaders(
-        found, found, recipe.data, recipe.seed, 0, 1, world.device, num_threads=torch.get_num_threads()
+        found,
+        found,
+        recipe.data,
+        seed=recipe.seed,
+        rank=0,
+        world_size=1,
+        device=world.device,
+        sizes=sizes(config.replace(recipe, **{"data.train": data, "data.val": data}).data, cores_here(), 1),
+        warn=lambda message: display.say(f"warning: {message}"),
     )
     return model.to(world.device), loaders

@@ -31,6 +31,10 @@ def absolute(url: str) -> str:
     return url.rstrip("/") if is_s3(url) else os.path.abspath(Path(url).expanduser())
 
 
+def as_uri(url: str) -> str:
+    return url if is_s3(url) else Path(url).as_uri()
+
+
 def join(url: str, name: str) -> str:
     return f"{url.rstrip('/')}/{name}"
 
@@ -58,6 +62,19 @@ def write(url: str, content: bytes) -> None:
         _prefix(parent).write(name, content)
     else:
         files.write_atomic(Path(url), content)
+
+
+def put(path: Path, url: str) -> None:
+    """Make a file of this machine the one at a path on the same disk, which takes it away, or at an address on S3.
+
+    Raises OutputError or ServiceError.
+    """
+    if is_s3(url):
+        parent, name = _split(url)
+        _prefix(parent).upload(path, name)
+    else:
+        with files.writing(Path(url)):
+            path.replace(url)
 
 
 def remove(url: str) -> None:

@@ -5,8 +5,11 @@ Credentials, region and endpoint are boto3's own settings (AWS_* variables, prof
 
 import contextlib
 import functools
+import itertools
 import json
+import random
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,12 +21,17 @@ import boto3
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from urllib3.exceptions import HTTPError
 
 from swa_dist.errors import BusyError, CheckpointError, ConfigError, OutputError, ServiceError, SwaDistError
 from swa_dist.storage.files import new_folder, read_json, write_atomic, writing
 from swa_dist.storage.lease import Seen
 from swa_dist.storage.store import MANIFEST, DiskStore
 
+# For many threads that read at once, and want to know soon that a connection is dead.
+READ_SETTINGS = Config(
+    connect_timeout=10, read_timeout=20, retries={"mode": "standard", "total_max_attempts": 5}, max_pool_connections=64
+)
 _SETTINGS = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 5})
 # All attempts together take less than the time that a lease has left after a heartbeat.
 _LEASE_SETTINGS = Config(connect_timeout=5, read_timeout=8, retries={"mode": "standard", "total_max_attempts": 4})
@@ -32,8 +40,17 @@ _ABSENT = frozenset({"404", "NoSuchKey", "NotFound"})
 _REFUSED = frozenset({"403", "AccessDenied", "ExpiredToken", "InvalidToken"})
 _LOST = frozenset({"412", "PreconditionFailed", "409", "ConditionalRequestConflict"})
 _DELETED_PER_REQUEST = 1000
+_BODY_ATTEMPTS = 5  # boto3 repeats requests, but not the reading of an answer's body that was cut off
 _DATA = ".data-"
 _CORRUPT = ".corrupt-"
+
+
+@dataclass(frozen=True)
+class Object:
+    name: str
+    num_bytes: int
+    version: str
+    """Its ETag, without quotes."""
 
 
 class Prefix:
@@ -98,6 +115,32 @@ class Prefix:
                 raise
             return True
 
+    def read_part(self, name: str, version: str, start: int = 0, length: int | None = None) -> bytes | None:
+        """Bytes [start, start + length) of an object, or all from `start` on; fewer where it ends before.
+
+        None where it is not there, or is no longer of this version. A cut connection is tried again, with growing
+        pauses.
+        """
+        stop = "" if length is None else str(start + length - 1)
+        asked = {"Range": f"bytes={start}-{stop}"} if start or length is not None else {}
+        with self._answering("read", name):
+            for attempt in itertools.count(1):
+                try:
+                    answer = self._client.get_object(
+                        Bucket=self._bucket, Key=self._key(name), IfMatch=f'"{version}"', **asked
+                    )
+                except ClientError as error:
+                    if _code(error) in _ABSENT | _LOST:
+                        return None
+                    raise
+                try:
+                    return bytes(answer["Body"].read())
+                except (HTTPError, BotoCoreError):
+                    if attempt == _BODY_ATTEMPTS:
+                        raise
+                    time.sleep(random.uniform(0.5, 1.0) * 2 ** (attempt - 2))
+        raise AssertionError
+
     def upload(self, path: Path, name: str) -> None:
         """A file of any size, in parts if it is large."""
         with self._answering("write", name):
@@ -109,12 +152,38 @@ class Prefix:
 
     def names(self, under: str = "") -> list[str]:
         """All objects whose names begin so, in the order of their names."""
+        return [one.name for one in self.objects(under)]
+
+    def objects(self, under: str = "", *, directly: bool = False) -> Iterator[Object]:
+        """All objects whose names begin so, in the order of their names; `directly`: without those in folders below."""
+        for page in self._pages(under, directly):
+            for entry in page.get("Contents", []):
+                yield Object(self._name(entry["Key"]), entry["Size"], entry["ETag"].strip('"'))
+
+    def folders(self) -> list[str]:
+        """The names, sorted, of what lies directly under this prefix and has objects in it."""
+        pages = self._pages("", directly=True)
+        return sorted(self._name(one["Prefix"]).rstrip("/") for page in pages for one in page.get("CommonPrefixes", []))
+
+    def _pages(self, under: str, directly: bool) -> Iterator[dict[str, Any]]:
+        """Answers to a listing. What the caller raises between them is its own."""
         with self._answering("list", under):
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=self._key(under) if under else f"{self._prefix}/".lstrip("/")
+            pages = iter(
+                self._client.get_paginator("list_objects_v2").paginate(
+                    Bucket=self._bucket,
+                    Prefix=self._key(under) if under else f"{self._prefix}/".lstrip("/"),
+                    **({"Delimiter": "/"} if directly else {}),
+                )
             )
-            found = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        return [key.removeprefix(f"{self._prefix}/") for key in found]
+        while True:
+            with self._answering("list", under):
+                page = next(pages, None)
+            if page is None:
+                return
+            yield page
+
+    def _name(self, key: str) -> str:
+        return key.removeprefix(f"{self._prefix}/")
 
     def remove(self, *names: str) -> None:
         keys = [{"Key": self._key(name)} for name in names]
@@ -155,7 +224,7 @@ class Prefix:
         where = f"{self.url}/{name}" if name else self.url
         try:
             yield
-        except (ClientError, BotoCoreError, Boto3Error) as raised:
+        except (ClientError, BotoCoreError, Boto3Error, HTTPError) as raised:
             # Uploads in parts have errors of their own, around those that S3 answers.
             error = raised.__context__ if isinstance(raised, Boto3Error) and raised.__context__ else raised
             said = _without_secrets(str(error)).rstrip(".")

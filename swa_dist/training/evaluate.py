@@ -21,7 +21,7 @@ _COLUMNS = 4
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a model made of each image, sorted by the image's place in the index."""
+    """What a model made of each image that can be decoded, sorted by the image's place in the index."""
 
     ids: npt.NDArray[np.int64]
     top1: npt.NDArray[np.bool_]
@@ -76,7 +76,11 @@ def evaluate(
     with modes_restored(model):
         model.eval()
         done = 0
+        left_out = 0
         for group in groups:
+            left_out += len(group.left_out)
+            if not len(group.ids):
+                continue
             with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 logits = model(group.images).float()
             likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -96,11 +100,14 @@ def evaluate(
             progress(min(done * world.size, num_images), num_images)
     # Each image is on one worker, so the sum over workers is a gather.
     world.sum_(rows)
-    if not (world.sum_(seen) == 1).all():
+    world.sum_(seen)
+    missing = world.sum_(torch.tensor(left_out, dtype=torch.int64, device=world.device))
+    if (seen > 1).any() or int((seen == 0).sum()) != int(missing):
         raise AssertionError("each validation image must be seen exactly once")
-    top1, top5, nll, confidence = rows.cpu().numpy().T
+    ids = torch.nonzero(seen).flatten()
+    top1, top5, nll, confidence = rows[ids].cpu().numpy().T
     return Outcomes(
-        ids=np.arange(num_images, dtype=np.int64),
+        ids=ids.cpu().numpy(),
         top1=top1 > 0,
         top5=top5 > 0,
         nll=nll.copy(),

@@ -2,15 +2,15 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from swa_dist import models
 from swa_dist.config import Recipe
-from swa_dist.data.order import Batch, Group, Loaders, Span, Transforms
+from swa_dist.data.order import Batch, Group, Loaders, Span, Split, Transforms
 from swa_dist.errors import CheckpointError, NumericsError
 from swa_dist.method.averaging import parameters_of
 from swa_dist.storage.store import Store
@@ -56,13 +56,15 @@ def finetune(
     training where the starting weights are not what they are known to be.
     """
     ports = Ports(recipe, world, loaders, store, tracker, should_stop)
-    score = functools.partial(_score, ports)
-    candidates = {"start": score("start", lambda: _start(ports), recalibrated=False)}
+    bad: dict[Split, dict[int, str]] = {"train": {}, "val": {}}
+    score = functools.partial(_score, ports, bad)
+    candidates = {"start": score("start", lambda: _start(ports))}
     _preflight(ports, candidates["start"])
     state = checkpoints.resume(ports, _start(ports))
     train.train(ports, state)
+    bad["train"] |= state.left_out
     training = {"images": state.position, "seconds": state.seconds, "world_sizes": state.world_sizes}
-    candidates["last"] = score("last", lambda: _last_iterate(ports, state), recalibrated=False, training=training)
+    candidates["last"] = score("last", lambda: _last_iterate(ports, state), training=training)
     candidates["last_fresh"] = score("last_fresh", lambda: _last_iterate(ports, state), recalibrated=True)
     ids = state.averages.ids()
     spread = max((row["metrics"].get("average/spread", 0.0) for row in state.rows), default=0.0)
@@ -79,9 +81,11 @@ def finetune(
 
 @dataclass(frozen=True)
 class _Watched:
-    """The loaders of a phase that is done anew if it is interrupted: they look whether the run is to stop."""
+    """The loaders of a phase that is done anew if it is interrupted: they look whether the run is to stop, and note
+    which images this worker could not decode."""
 
     ports: Ports
+    left_out: dict[Split, dict[int, str]] = field(default_factory=lambda: {"train": {}, "val": {}})
 
     @property
     def num_train(self) -> int:
@@ -91,21 +95,26 @@ class _Watched:
     def num_val(self) -> int:
         return self.ports.loaders.num_val
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
-        return self.ports.loaders.train(epoch, start)
+    def name_of(self, split: Split, i: int) -> str:
+        return self.ports.loaders.name_of(split, i)
 
-    def recalibration(self, span: Span, transforms: Transforms) -> Iterator[Group]:
-        return self._looking(self.ports.loaders.recalibration(span, transforms), span.stop - span.start)
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
+        return self.ports.loaders.train(epoch, start, left_out)
+
+    def recalibration(self, span: Span, transforms: Transforms, left_out: Mapping[int, str]) -> Iterator[Group]:
+        groups = self.ports.loaders.recalibration(span, transforms, left_out)
+        return self._looking("train", groups, span.stop - span.start)
 
     def validation(self) -> Iterator[Group]:
-        return self._looking(self.ports.loaders.validation(), self.num_val)
+        return self._looking("val", self.ports.loaders.validation(), self.num_val)
 
-    def _looking(self, groups: Iterator[Group], num_images: int) -> Iterator[Group]:
+    def _looking(self, split: Split, groups: Iterator[Group], num_images: int) -> Iterator[Group]:
         """Collective, at groups that every worker has: some have one more than others."""
         everyones = num_images // self.ports.recipe.data.group_images // self.ports.world.size
         for number, group in enumerate(groups):
             if number < everyones and number % _LOOK_EVERY_GROUPS == 0 and self.ports.asked_to_stop():
                 self.ports.stop(None)
+            self.left_out[split].update(group.left_out)
             yield group
 
 
@@ -126,8 +135,19 @@ def _preflight(ports: Ports, start: Candidate) -> None:
     on_rank_zero(ports.world, lambda: ports.tracker.warn(found.sentence) if found.sentence else None)
 
 
-def _score(ports: Ports, name: str, make: Callable[[], nn.Module], *, recalibrated: bool, **facts: Any) -> Candidate:
-    """Collective: score the weights that `make` gives and keep both, or read what an earlier attempt kept."""
+def _score(
+    ports: Ports,
+    bad: dict[Split, dict[int, str]],
+    name: str,
+    make: Callable[[], nn.Module],
+    *,
+    recalibrated: bool = False,
+    **facts: Any,
+) -> Candidate:
+    """Collective: score the weights that `make` gives and keep both, or read what an earlier attempt kept.
+
+    `bad`: the images that are known not to be decodable, by their places, to which those are added that turn out so.
+    """
     found = on_rank_zero(ports.world, lambda: _scored(ports, name))
     if found is not None:
         return found
@@ -137,11 +157,20 @@ def _score(ports: Ports, name: str, make: Callable[[], nn.Module], *, recalibrat
     if recalibrated:
         began = time.monotonic()
         report = recalibrate_as(
-            ports.recipe, model, loaders, ports.world, functools.partial(ports.tracker.progress, f"recalibrate {name}")
+            ports.recipe,
+            model,
+            loaders,
+            ports.world,
+            functools.partial(ports.tracker.progress, f"recalibrate {name}"),
+            bad["train"],
         )
+        bad["train"] |= ports.note_left_out("train", loaders.left_out["train"], bad["train"])
         if report.num_layers == 0:
             on_rank_zero(ports.world, lambda: ports.tracker.warn(f"{name} has no BatchNorm to recalibrate."))
-        facts["recalibration"] = asdict(report) | {"seconds": time.monotonic() - began}
+        facts["recalibration"] = asdict(report) | {
+            "seconds": time.monotonic() - began,
+            "left_out": _names(ports, "train", bad["train"]),
+        }
     began = time.monotonic()
     outcomes = evaluate(
         model,
@@ -151,11 +180,20 @@ def _score(ports: Ports, name: str, make: Callable[[], nn.Module], *, recalibrat
         ports.world,
         functools.partial(ports.tracker.progress, f"evaluate {name}"),
     )
-    facts["evaluation"] = {"num_images": ports.loaders.num_val, "seconds": time.monotonic() - began}
+    bad["val"] |= ports.note_left_out("val", loaders.left_out["val"], bad["val"])
+    facts["evaluation"] = {
+        "num_images": len(outcomes.ids),
+        "seconds": time.monotonic() - began,
+        "left_out": _names(ports, "val", bad["val"]),
+    }
     candidate = Candidate(name=name, outcomes=outcomes, facts=facts)
     parts = {"model": model.state_dict(), "outcomes": outcomes.tensors()}
     on_rank_zero(ports.world, lambda: save_entry(ports.store, candidate.entry, parts, facts))
     return candidate
+
+
+def _names(ports: Ports, split: Split, left_out: Mapping[int, str]) -> list[str]:
+    return [ports.loaders.name_of(split, i) for i in sorted(left_out)]
 
 
 def _last_iterate(ports: Ports, state: TrainState) -> nn.Module:

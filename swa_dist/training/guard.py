@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from swa_dist import config
-from swa_dist.training.world import World
 
 _REMEMBERED = 64
 _LEAST = 8
 """Steps before which nothing is called a spike."""
+
+
+@torch.no_grad()
+def length_of(loss: Tensor, gradients: Iterable[Tensor]) -> Tensor:
+    """Length of the gradient that this worker would step with, float64 []; infinity where it or the loss of this
+    worker's share is not finite: a maximum over workers with NaN would be whatever the backend makes of it."""
+    norm = torch.nn.utils.get_total_norm(list(gradients)).double().to(loss.device)
+    return torch.where(torch.isfinite(loss) & torch.isfinite(norm), norm, math.inf)
 
 
 class Guard:
@@ -30,17 +37,11 @@ class Guard:
         """Positions at which the skipped steps began."""
         self.in_a_row = 0
 
-    @torch.no_grad()
-    def refuses(self, world: World, start: int, loss: Tensor, gradients: Iterable[Tensor]) -> str | None:
-        """Collective: why the step that begins at position `start` must not be taken; None where it may be.
+    def refuses(self, start: int, length: float) -> str | None:
+        """Why the step that begins at position `start` must not be taken; None where it may be.
 
-        `loss`: this worker's, of its share. `gradients`: those that it would step with. The answer is that of the worst
-        worker, the same on all. It waits for the device.
+        `length`: the largest `length_of` over all workers.
         """
-        norm = torch.nn.utils.get_total_norm(list(gradients)).double()
-        # Infinity stands for all that isn't finite: a maximum with NaN is whatever the backend makes of it.
-        worst = torch.where(torch.isfinite(loss) & torch.isfinite(norm), norm, math.inf).to(world.device)
-        length = float(world.max_(worst))
         why = self._judge(length)
         if why is None:
             self._norms.append(length)

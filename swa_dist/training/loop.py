@@ -13,6 +13,7 @@ from swa_dist.data.order import Batch
 from swa_dist.method.schedule import Schedule
 from swa_dist.training import batchnorm
 from swa_dist.training.batchnorm import RunningStatistics
+from swa_dist.training.guard import length_of
 from swa_dist.training.state import TrainState
 from swa_dist.training.world import World
 
@@ -26,6 +27,9 @@ class StepInfo:
     lr: float
     tally: Tensor
     """This worker's [sum of losses, correct, images] of the step, float64, on its device."""
+    left_out: dict[int, str] | None
+    """This worker's images of the step that could not be decoded, by their places in the index; None where no worker
+    has any."""
     skipped: str | None
     """Why the step was not taken: the weights, the momentum and BatchNorm are as before it. None: it was."""
 
@@ -56,7 +60,8 @@ def steps(
         if local:
             weight = 1 / max(1, sum(len(group.labels) for group in batch.groups))
         else:
-            # DDP takes the workers' mean, whatever their shares: this makes it the mean over the images.
+            # DDP takes the workers' mean, whatever their shares: this makes it the mean over the images, but for those
+            # that are left out, whose number is not known yet.
             weight = world.size / batch.num_images
         others = 0  # groups of this batch that other workers run and `running` has decayed for
         for i, group in enumerate(batch.groups):
@@ -80,14 +85,21 @@ def steps(
         if not batch.groups and not local:
             take_part(state.model, network, recipe, world)
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-        skipped = state.guard.refuses(world, start, tally[0], gradients)
+        left_out = {i: why for group in batch.groups for i, why in group.left_out.items()}
+        some = torch.tensor(bool(left_out), dtype=torch.float64, device=world.device)
+        length, any_left_out = world.max_(torch.stack([length_of(tally[0], gradients), some])).tolist()
+        if any_left_out and not local:
+            torch._foreach_mul_(gradients, batch.num_images / float(world.sum_(tally[2].clone())))
+        skipped = state.guard.refuses(start, length)
         if skipped is not None:
             running.undo()
         elif gradients:
             state.optimizer.step()
         state.optimizer.zero_grad()
         state.position = stop
-        yield StepInfo(start=start, stop=stop, lr=lr, tally=tally, skipped=skipped)
+        yield StepInfo(
+            start=start, stop=stop, lr=lr, tally=tally, left_out=left_out if any_left_out else None, skipped=skipped
+        )
 
 
 def take_part(model: nn.Module, network: nn.Module, recipe: Recipe, world: World) -> None:

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -59,17 +60,18 @@ def recalibrate_as(
     loaders: Loaders,
     world: World,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    left_out: Mapping[int, str] = MappingProxyType({}),
 ) -> Recalibration:
     """`recalibrate` on the training images as the recipe has it: how many, which transforms, a second pass or none.
 
-    Collective. `progress` is told images done and wanted, over all workers.
+    Collective. `progress` is told images done and wanted, over all workers. `left_out`: images known to be bad.
     """
     plan, size = recipe.recalibrate, recipe.data.group_images
     limit = most_images(plan, loaders.num_train)
 
     def images(span: Span) -> Iterator[Tensor]:
         done = span.start
-        for group in loaders.recalibration(span, plan.transforms):
+        for group in loaders.recalibration(span, plan.transforms, left_out):
             yield group.images
             done += len(group.images) * world.size
             progress(min(done, limit), limit)

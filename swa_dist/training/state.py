@@ -14,7 +14,7 @@ from swa_dist.storage.store import Store
 from swa_dist.training.averages import Averages, Parts
 from swa_dist.training.guard import Guard
 
-SCHEMA = 3
+SCHEMA = 4
 
 _SUFFIX = ".safetensors"
 _FACTS = "facts.json"
@@ -40,6 +40,8 @@ class TrainState:
     """Within an epoch: all workers' parts of BatchNorm's running statistics (`RunningStatistics.parts`)."""
     tallies: dict[str, list[float]] = field(default_factory=dict)
     """Within an epoch: the sums over all workers that its next metrics begin with."""
+    left_out: dict[int, str] = field(default_factory=dict)
+    """Training images that could not be decoded: their places in the index, and why."""
     world_sizes: list[int] = field(default_factory=list)
     """The number of workers of each attempt that committed; more than one value: the run is not bitwise repeatable."""
 
@@ -60,6 +62,7 @@ class TrainState:
             "seconds": self.seconds,
             "tallies": self.tallies,
             "guard": self.guard.facts(),
+            "left_out": sorted(self.left_out.items()),
             "world_sizes": list(self.world_sizes),
         }
 
@@ -81,6 +84,7 @@ class TrainState:
         self.running = parts.get("running", {})
         self.tallies = facts["tallies"]
         self.guard.restore(facts["guard"])
+        self.left_out = {image: why for image, why in facts["left_out"]}
         self.world_sizes = list(facts["world_sizes"])
 
     def _momentum(self) -> dict[str, Tensor]:

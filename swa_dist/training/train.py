@@ -56,7 +56,7 @@ def _epoch(
     recipe, world, num_train = ports.recipe, ports.world, ports.loaders.num_train
     epoch = state.position // num_train
     begin = epoch * num_train
-    batches = ports.loaders.train(epoch, state.position - begin)
+    batches = ports.loaders.train(epoch, state.position - begin, state.left_out)
     schedule = learning_rate(recipe, num_train)
     _begin(state, running, tallies)
     for info in loop.steps(state, network, running, batches, schedule, recipe, world):
@@ -64,10 +64,12 @@ def _epoch(
             tallies.add(info.tally)
         else:
             _skipped(ports, state, info)
+        if info.left_out is not None:
+            state.left_out |= ports.note_left_out("train", info.left_out, state.left_out)
         _average(ports, state, info)
         last = info.stop == begin + num_train
         if last or math.ceil((info.stop - begin) / recipe.data.global_batch) % recipe.tracking.log_every_steps == 0:
-            _row(ports, state, tallies.take_steps() | {"train/lr": info.lr, "train/skipped": len(state.guard.skipped)})
+            _row(ports, state, tallies.take_steps() | _so_far(state, info))
         note = f"epoch {epoch + 1}/{recipe.optim.epochs}, learning rate {info.lr:.2g}, {tallies.loss}"
         ports.tracker.progress("train", info.stop, end, note)
         stop, save, failed = ports.any_worker(ports.should_stop(), checkpoints.due, checkpoints.failed)
@@ -93,6 +95,14 @@ def _begin(state: TrainState, running: RunningStatistics, tallies: "_Tallies") -
         running.restore(state.running)
     else:
         running.split()
+
+
+def _so_far(state: TrainState, info: loop.StepInfo) -> dict[str, float]:
+    return {
+        "train/lr": info.lr,
+        "train/skipped": len(state.guard.skipped),
+        "train/images_left_out": len(state.left_out),
+    }
 
 
 def _skipped(ports: Ports, state: TrainState, info: loop.StepInfo) -> None:

@@ -1,7 +1,7 @@
 """Several averages of one run, a longer run from a shorter one, and what never enters an average."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,8 @@ def test_weights_that_went_bad_between_steps_enter_no_average(tmp_path: Path) ->
 class Spoiling(small_run.TrappedLoaders):
     """A weight of rank 1 is not a number any more before the last batch of the second epoch, whose step is skipped."""
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
-        for batch in super().train(epoch, start):
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
+        for batch in super().train(epoch, start, left_out):
             if (epoch, batch.num_images, self.rank) == (1, 24, 1):
                 (model,) = [one for one in gc.get_objects() if isinstance(one, ShuffleNetV2)]
                 with torch.no_grad():

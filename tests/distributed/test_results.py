@@ -4,7 +4,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import torch
 
 from swa_dist import config, models
 from swa_dist.config import Recipe
-from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.order import Batch
+from swa_dist.data.scan import scan
+from swa_dist.data.sizes import sizes
 from swa_dist.storage.store import DiskStore
 from swa_dist.training.checkpoints import CHECKPOINTS
 from swa_dist.training.finetune import finetune
@@ -52,8 +53,8 @@ def small_recipe_of(digits: str, **fields: Any) -> Recipe:
 class Watched(DaliLoaders):
     """Loaders that note the groups of the training, with a hash of their pixels."""
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
-        for batch in super().train(epoch, start):
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
+        for batch in super().train(epoch, start, left_out):
             for group in batch.groups:
                 digest = hashlib.sha256(group.images.numpy().tobytes()).hexdigest()
                 SEEN.append((epoch, tuple(group.ids.tolist()), digest))
@@ -63,9 +64,18 @@ class Watched(DaliLoaders):
 SEEN: list[tuple[int, tuple[int, ...], str]] = []
 
 
-def loaders(recipe: Recipe, world: World) -> DaliLoaders:
-    train, val = (index.scan(Path(root), split) for split, root in _roots(recipe))
-    return Watched(train, val, recipe.data, recipe.seed, world.rank, world.size, torch.device("cpu"), 1)
+def loaders(recipe: Recipe, world: World, kind: type[DaliLoaders] = Watched) -> DaliLoaders:
+    train, val = (scan(root, f"data.{split}") for split, root in _roots(recipe))
+    return kind(
+        train,
+        val,
+        recipe.data,
+        seed=recipe.seed,
+        rank=world.rank,
+        world_size=world.size,
+        device=torch.device("cpu"),
+        sizes=sizes(recipe.data, 1, world.size),
+    )
 
 
 def _roots(recipe: Recipe) -> list[tuple[str, str]]:
@@ -210,8 +220,8 @@ def run_with_a_flipped_bit(world: World, digits: str, weights: str, root: str) -
     class Faulty(Watched):
         """On rank 1, one bit of one weight flips before the last batch."""
 
-        def train(self, epoch: int, start: int) -> Iterator[Batch]:
-            for batch in super().train(epoch, start):
+        def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
+            for batch in super().train(epoch, start, left_out):
                 if batch.num_images < 96 and world.rank == 1:
                     with torch.no_grad():
                         bits = _model().fc.bias.view(torch.int32)
@@ -226,6 +236,4 @@ def run_with_a_flipped_bit(world: World, digits: str, weights: str, root: str) -
         (wrapped,) = [o for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]
         return wrapped.module
 
-    plain = loaders(recipe, world)
-    faulty = Faulty(**{name: getattr(plain, name) for name in plain.__dataclass_fields__})
-    finetune(recipe, world, faulty, DiskStore(Path(root)), support.Recorder(), lambda: False)
+    finetune(recipe, world, loaders(recipe, world, Faulty), DiskStore(Path(root)), support.Recorder(), lambda: False)

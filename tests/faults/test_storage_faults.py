@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -153,8 +153,8 @@ class Filling(TrappedLoaders):
 
     ballast: str = ""
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
-        for batch in super().train(epoch, start):
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
+        for batch in super().train(epoch, start, left_out):
             if self.ballast and self.rank == 0 and (epoch, len(self.seen) > 2 * 2) >= (1, True):
                 _fill(Path(self.ballast))
             yield batch
@@ -311,8 +311,8 @@ class Slow(TrappedLoaders):
     seconds: float = 0.0
     begun: list[float] = field(default_factory=list)
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
-        for batch in super().train(epoch, start):
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
+        for batch in super().train(epoch, start, left_out):
             time.sleep(self.seconds)
             self.begun.append(time.time())
             yield batch

@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,9 +228,9 @@ class Poisoned(TrappedLoaders):
     unchanged: list[bool] = field(default_factory=list)
     """Of each spoiled step."""
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
         first = epoch * STEPS_PER_EPOCH + -(-start // self.data.global_batch)
-        for step, batch in enumerate(super().train(epoch, start), start=first):
+        for step, batch in enumerate(super().train(epoch, start, left_out), start=first):
             if step not in self.steps:
                 yield batch
                 continue
@@ -343,8 +343,8 @@ class Starving(TrappedLoaders):
 
     headroom_mib: int = 0
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
-        for step, batch in enumerate(super().train(epoch, start), start=epoch * STEPS_PER_EPOCH):
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
+        for step, batch in enumerate(super().train(epoch, start, left_out), start=epoch * STEPS_PER_EPOCH):
             if step != 4:
                 yield batch
                 continue
@@ -383,8 +383,8 @@ def test_full_memory_is_named_with_a_remedy_and_the_run_resumes(
 class Flipping(TrappedLoaders):
     """On rank 1 one bit of one weight flips before the second batch, after which weights are averaged."""
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
-        for step, batch in enumerate(super().train(epoch, start)):
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
+        for step, batch in enumerate(super().train(epoch, start, left_out)):
             if (epoch, step, self.rank) == (0, 1, 1):
                 with torch.no_grad():
                     bits = found(DistributedDataParallel).module.fc.bias.view(torch.int32)
@@ -413,13 +413,13 @@ def test_of_three_workers_the_one_whose_bit_flipped_is_named(tmp_path: Path) -> 
 class Slow(TrappedLoaders):
     """Each batch and group takes a moment."""
 
-    def train(self, epoch: int, start: int) -> Iterator[Batch]:
-        for batch in super().train(epoch, start):
+    def train(self, epoch: int, start: int, left_out: Mapping[int, str]) -> Iterator[Batch]:
+        for batch in super().train(epoch, start, left_out):
             time.sleep(0.1)
             yield batch
 
-    def recalibration(self, span: Span, transforms: Transforms) -> Iterator[Group]:
-        for group in super().recalibration(span, transforms):
+    def recalibration(self, span: Span, transforms: Transforms, left_out: Mapping[int, str]) -> Iterator[Group]:
+        for group in super().recalibration(span, transforms, left_out):
             time.sleep(0.1)
             yield group
 

@@ -13,7 +13,7 @@ from kubernetes.utils import parse_quantity
 from ruamel.yaml import YAML
 
 from swa_dist import config
-from swa_dist.service import identity, kube, kube_rules
+from swa_dist.service import data, identity, kube, kube_rules
 from swa_dist.service.progress import display
 from tests.k8s.conftest import K8S, containers, of_kind
 
@@ -252,7 +252,7 @@ def test_a_recipe_is_rendered_as_its_submission(rendered, few_digits, tmp_path):
             f"model.weights_sha256={'a' * 64}",
         ],
     )
-    identity.write_indices(recipe, display())
+    data.write_indices(recipe, display())
     documents = list(YAML(typ="safe").load_all(kube.rendered(recipe, "kueue")))
     job = kube.template_of(documents)
     assert kube_rules.problems(job) == []

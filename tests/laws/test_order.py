@@ -87,3 +87,73 @@ def test_crops_of_an_order_are_pinned() -> None:
 
 PINNED_ORDER = [0, 1, 7, 2, 5, 3, 4, 6]
 PINNED_CROPS = [[101, 7, 105], [262, 12, 99], [113, 260, 110], [109, 213, 126]]
+
+
+# Orders by shards
+
+
+def shards_of(images: int, shards: int, seed: int) -> order.Ints:
+    """Which shard each image is in; some shards may have none."""
+    return np.random.default_rng(seed).integers(0, shards, images)
+
+
+SHARDED = (st.integers(0, 400), st.integers(1, 40), st.integers(1, 50), st.integers(0, 1000))
+
+
+@given(*SHARDED)
+def test_an_epoch_by_shards_is_every_image_once(images: int, shards: int, window: int, seed: int) -> None:
+    found = order.order_by_shards(seed, Stream.TRAIN, 1, shards_of(images, shards, seed), window)
+    assert sorted(found) == list(range(images))
+
+
+@given(*SHARDED)
+def test_an_epoch_by_shards_finishes_with_each_window_before_the_next(
+    images: int, shards: int, window: int, seed: int
+) -> None:
+    """At any position the shards that are begun and not done with are at most a window."""
+    numbers = shards_of(images, shards, seed)
+    sequence = numbers[order.order_by_shards(seed, Stream.TRAIN, 0, numbers, window)]
+    begins = {s: p for p, s in reversed(list(enumerate(sequence.tolist())))}
+    ends = {s: p for p, s in enumerate(sequence.tolist())}
+    for begin in begins.values():
+        assert sum(begins[s] <= begin <= ends[s] for s in begins) <= window
+
+
+def test_a_window_of_all_shards_mixes_all_of_them_and_one_of_one_none() -> None:
+    numbers = np.repeat(np.arange(8), 50)
+    whole = numbers[order.order_by_shards(0, Stream.TRAIN, 0, numbers, 8)]
+    assert len(set(whole[:50].tolist())) == 8
+    single = numbers[order.order_by_shards(0, Stream.TRAIN, 0, numbers, 1)]
+    assert (np.diff(single) != 0).sum() == 7
+
+
+def test_seeds_and_epochs_by_shards_have_orders_of_their_own_of_shards_and_images() -> None:
+    numbers = np.repeat(np.arange(20), 5)
+    keys = [(s, e) for s in (0, 1, 2) for e in (0, 1, 2)]
+    orders = [order.order_by_shards(s, Stream.TRAIN, e, numbers, 4) for s, e in keys]
+    assert len({tuple(o) for o in orders}) == len({tuple(sorted(set(numbers[o[:20]]))) for o in orders}) == len(keys)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_batches_of_shards_that_are_random_samples_have_classes_as_in_a_full_shuffle(window: int) -> None:
+    """As `data shard` writes them: the images of a batch are a random sample, whatever the window."""
+    generator = np.random.default_rng(0)
+    labels = generator.permutation(np.repeat(np.arange(10), 400))  # in the order of the shards
+    numbers = np.repeat(np.arange(40), 100)
+    seen = np.zeros((2, 51), dtype=np.int64)
+    for epoch in range(20):
+        by_shards = order.order_by_shards(7, Stream.TRAIN, epoch, numbers, window)
+        shuffled = order.order(8, Stream.TRAIN, epoch, len(labels))
+        for row, found in enumerate((by_shards, shuffled)):
+            counts = np.stack([np.bincount(labels[batch], minlength=10) for batch in found.reshape(-1, 50)])
+            seen[row] += np.bincount(counts[:, 0], minlength=51)
+    common = seen[:, seen.min(axis=0) >= 5]
+    assert stats.chi2_contingency(common).pvalue > 1e-3
+
+
+def test_the_order_by_shards_is_pinned() -> None:
+    """A change here changes every run from shards: bump config.NUMERICS_VERSION with it."""
+    assert order.order_by_shards(42, Stream.TRAIN, 3, np.repeat(np.arange(4), 3), 2).tolist() == PINNED_BY_SHARDS
+
+
+PINNED_BY_SHARDS = [0, 1, 2, 11, 10, 9, 8, 7, 5, 3, 4, 6]

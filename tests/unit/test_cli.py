@@ -271,7 +271,7 @@ def test_data_index_of_a_recipe_writes_both_splits_and_is_what_a_scan_finds(run,
 def test_data_index_takes_a_folder_or_a_recipe(run, arguments):
     code, _, err = run("data", "index", *arguments)
     assert code == 2
-    assert "either FOLDER or --recipe" in err
+    assert "either SRC or --recipe" in err
 
 
 def test_data_index_of_a_recipe_that_names_none_says_what_to_set(run):

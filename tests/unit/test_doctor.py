@@ -22,6 +22,7 @@ from rich.console import Console
 
 from swa_dist import cli, config
 from swa_dist.data import index
+from swa_dist.data.scan import scan
 from swa_dist.service import doctor, doctor_storage
 from swa_dist.storage.s3 import Prefix
 from tests.support import JOBS, free_port, wait_for_port
@@ -482,7 +483,7 @@ def test_an_index_is_told_with_its_digest(find, tmp_path):
         for label in range(10):
             (root / str(label)).mkdir(parents=True)
             Image.new("RGB", (8, 8), (label, number, 0)).save(root / str(label) / "0.jpg")
-    found = {split: index.scan(root, split) for split, root in roots.items()}
+    found = {split: scan(str(root), f"data.{split}") for split, root in roots.items()}
     for split, one in found.items():
         index.save(one, str(tmp_path / f"{split}.parquet"))
     fields = {f"data.{split}": str(root) for split, root in roots.items()} | {"data.index": str(tmp_path)}

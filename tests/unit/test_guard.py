@@ -6,16 +6,13 @@ import pytest
 import torch
 
 from swa_dist.config import Guard as Plan
-from swa_dist.training.guard import Guard
-from swa_dist.training.world import SoloWorld
-
-WORLD = SoloWorld()
+from swa_dist.training.guard import Guard, length_of
 
 
 def judged(guard: Guard, start: int, length: float, loss: float = 1.0) -> str | None:
     """Of a gradient of two tensors that is so long."""
     gradients = [torch.tensor([0.6 * length]), torch.tensor([0.0, 0.8 * length])]
-    return guard.refuses(WORLD, start, torch.tensor(loss, dtype=torch.float64), gradients)
+    return guard.refuses(start, float(length_of(torch.tensor(loss, dtype=torch.float64), gradients)))
 
 
 @pytest.mark.parametrize(

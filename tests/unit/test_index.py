@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 
 from swa_dist.data import index
+from swa_dist.data.reading import Reader
+from swa_dist.data.scan import scan
 from swa_dist.errors import DataError, ExitCode
 
 
@@ -37,7 +39,7 @@ def train(tmp_path):
 def refusal(root, split="train"):
     """The message of the DataError that scanning ends with."""
     with pytest.raises(DataError) as caught:
-        index.scan(root, split)
+        scan(str(root), f"data.{split}")
     return str(caught.value)
 
 
@@ -45,8 +47,8 @@ def refusal(root, split="train"):
 
 
 def test_classes_are_the_sorted_folders_and_images_are_sorted_by_path(train):
-    found = index.scan(train, "train")
-    assert found.root == train
+    found = scan(str(train), "data.train")
+    assert found.root == str(train)
     assert found.classes == ("cat", "dog")
     assert found.paths == ("cat/a.jpg", "cat/b.jpg", "dog/a.jpg", "dog/b.jpg")
     assert found.labels.tolist() == [0, 0, 1, 1]
@@ -56,7 +58,7 @@ def test_classes_are_the_sorted_folders_and_images_are_sorted_by_path(train):
 def test_labels_and_order_are_those_of_torchvisions_image_folder(tmp_path):
     for name in ("n02/b.jpg", "n02/a.JPEG", "n01/deep/er/c.png", "n01/a.jpg", "N03/x.jpg", "n1/x.jpg", "n01/a/z.jpg"):
         add(tmp_path / name)
-    found, theirs = index.scan(tmp_path, "train"), ImageFolder(tmp_path)
+    found, theirs = scan(str(tmp_path), "data.train"), ImageFolder(tmp_path)
     assert list(found.classes) == theirs.classes
     ours = {str(tmp_path / path): label for path, label in zip(found.paths, found.labels.tolist(), strict=True)}
     assert ours == dict(theirs.samples)
@@ -64,7 +66,7 @@ def test_labels_and_order_are_those_of_torchvisions_image_folder(tmp_path):
 
 def test_sizes_are_height_and_width_in_pixels(train):
     add(train / "cat" / "c.jpg", width=70, height=50)
-    found = index.scan(train, "train")
+    found = scan(str(train), "data.train")
     sizes = dict(zip(found.paths, zip(found.heights.tolist(), found.widths.tolist(), strict=True), strict=True))
     assert sizes["cat/c.jpg"] == (50, 70)
     assert sizes["cat/a.jpg"] == (30, 40)
@@ -77,7 +79,7 @@ def test_sizes_are_those_of_the_upright_image(train, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = add(train / "cat" / f"0.{suffix}", width=70, height=50, exif=exif)
-    found = index.scan(train, "train")
+    found = scan(str(train), "data.train")
     width, height = ImageOps.exif_transpose(Image.open(path)).size
     assert (found.heights[0], found.widths[0]) == (height, width)
     assert ((height, width) == (70, 50)) == (orientation >= 5)
@@ -87,27 +89,27 @@ def test_sizes_are_those_of_the_upright_image(train, orientation, suffix):
 def test_a_png_of_any_mode_is_an_image(train, mode):
     path = train / "cat" / "c.png"
     picture(width=70, height=50).convert(mode).save(path)
-    found = index.scan(train, "train")
+    found = scan(str(train), "data.train")
     assert (found.paths[2], found.heights[2], found.widths[2]) == ("cat/c.png", 50, 70)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_a_grey_or_cmyk_jpeg_is_an_image(train, mode):
     picture().convert(mode).save(train / "cat" / "c.jpg")
-    assert "cat/c.jpg" in index.scan(train, "train").paths
+    assert "cat/c.jpg" in scan(str(train), "data.train").paths
 
 
 def test_a_png_named_jpg_is_an_image_by_its_content(train):
     """ImageNet's training set has one: n02105855_2933.JPEG."""
     add(train / "cat" / "c.JPEG", width=70, height=50, format="PNG")
-    assert "cat/c.JPEG" in index.scan(train, "train").paths
+    assert "cat/c.JPEG" in scan(str(train), "data.train").paths
 
 
 def test_a_progressive_jpeg_and_one_with_bytes_after_its_end_are_images(train):
     add(train / "cat" / "c.jpg", progressive=True)
     path = add(train / "cat" / "d.jpg")
     path.write_bytes(path.read_bytes() + bytes(100))
-    assert len(index.scan(train, "train")) == 6
+    assert len(scan(str(train), "data.train")) == 6
 
 
 @pytest.mark.parametrize(
@@ -115,12 +117,12 @@ def test_a_progressive_jpeg_and_one_with_bytes_after_its_end_are_images(train):
 )
 def test_a_name_may_be_anything_and_survives_saving(train, tmp_path, name):
     path = add(train / "cat" / name)
-    found = index.scan(train, "train")
+    found = scan(str(train), "data.train")
     assert f"cat/{name}" in found.paths
     index.save(found, str(tmp_path / "index.parquet"))
-    assert index.load(str(tmp_path / "index.parquet"), train).paths == found.paths
+    assert index.load(str(tmp_path / "index.parquet"), str(train)).paths == found.paths
     place = found.paths.index(f"cat/{name}")
-    assert bytes(found.path_bytes(np.array([place]))[0]) == os.fsencode(path)
+    assert bytes(Reader(found, None).read(place)) == path.read_bytes()
 
 
 def test_a_name_that_is_not_utf8_is_indexed_and_saved_or_refused_by_name(train, tmp_path):
@@ -128,36 +130,36 @@ def test_a_name_that_is_not_utf8_is_indexed_and_saved_or_refused_by_name(train, 
     name = os.fsdecode(b"caf\xe9.jpg")
     add(train / "cat" / name)
     try:
-        found = index.scan(train, "train")
+        found = scan(str(train), "data.train")
     except DataError as error:
         message = str(error)
     else:
         index.save(found, str(tmp_path / "index.parquet"))
-        message = str(index.load(str(tmp_path / "index.parquet"), train).paths)
+        message = str(index.load(str(tmp_path / "index.parquet"), str(train)).paths)
     assert "caf" in message
 
 
 @pytest.mark.parametrize("name", ["c.JPG", "c.JPEG", "c.Jpg", "c.jpeg", "c.PNG"])
 def test_an_extension_may_be_in_upper_case(train, name):
     add(train / "cat" / name)
-    assert f"cat/{name}" in index.scan(train, "train").paths
+    assert f"cat/{name}" in scan(str(train), "data.train").paths
 
 
 def test_hidden_files_folders_and_files_that_are_no_images_are_ignored(train):
-    before = index.scan(train, "train")
+    before = scan(str(train), "data.train")
     add(train / "cat" / "._a.jpg").write_bytes(b"what macOS leaves")
     add(train / "cat" / ".thumbnails" / "a.jpg")
     add(train / ".hidden" / "a.jpg")
     add(train / "loose.jpg")
     (train / "cat" / "Thumbs.db").write_bytes(b"x")
     (train / "README.md").write_text("x")
-    after = index.scan(train, "train")
+    after = scan(str(train), "data.train")
     assert (after.paths, after.digest) == (before.paths, before.digest)
 
 
 def test_images_in_folders_within_a_class_are_of_that_class(train):
     add(train / "dog" / "2024" / "may" / "a.jpg")
-    found = index.scan(train, "train")
+    found = scan(str(train), "data.train")
     assert found.paths[2] == "dog/2024/may/a.jpg"
     assert found.labels.tolist() == [0, 0, 1, 1, 1]
 
@@ -165,12 +167,12 @@ def test_images_in_folders_within_a_class_are_of_that_class(train):
 def test_a_class_folder_may_be_a_link(train, tmp_path):
     shutil.move(train / "dog", tmp_path / "elsewhere")
     (train / "dog").symlink_to(tmp_path / "elsewhere")
-    assert index.scan(train, "train").paths[2:] == ("dog/a.jpg", "dog/b.jpg")
+    assert scan(str(train), "data.train").paths[2:] == ("dog/a.jpg", "dog/b.jpg")
 
 
 def test_progress_ends_at_all_of_them(train):
     said = []
-    index.scan(train, "train", lambda done, total: said.append((done, total)))
+    scan(str(train), "data.train", lambda done, total: said.append((done, total)))
     assert said == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
@@ -266,13 +268,13 @@ def test_splits_with_different_classes_are_refused_with_the_difference(train, tm
     add(val / "cat" / "a.jpg")
     add(val / "cow" / "a.jpg")
     with pytest.raises(DataError, match="lacks dog and adds cow"):
-        index.check_pair(index.scan(train, "train"), index.scan(val, "val"), 2)
+        index.check_pair(scan(str(train), "data.train"), scan(str(val), "data.val"), 2)
 
 
 def test_another_number_of_classes_names_the_two_settings_that_mend_it(train, tmp_path):
     val = tmp_path / "val"
     shutil.copytree(train, val)
-    pair = index.scan(train, "train"), index.scan(val, "val")
+    pair = scan(str(train), "data.train"), scan(str(val), "data.val")
     index.check_pair(*pair, 2)
     with pytest.raises(DataError) as caught:
         index.check_pair(*pair, 1000)
@@ -284,12 +286,12 @@ def test_another_number_of_classes_names_the_two_settings_that_mend_it(train, tm
 
 
 def test_the_digest_is_the_same_for_a_copy_elsewhere_with_other_times(train, tmp_path):
-    before = index.scan(train, "train")
+    before = scan(str(train), "data.train")
     elsewhere = tmp_path / "else where" / "images"
     shutil.copytree(train, elsewhere)
     for path in elsewhere.rglob("*"):
         os.utime(path, (1, 1))
-    after = index.scan(elsewhere, "train")
+    after = scan(str(elsewhere), "data.train")
     assert after.root != before.root
     assert after.digest == before.digest
 
@@ -308,24 +310,24 @@ def test_the_digest_is_the_same_for_a_copy_elsewhere_with_other_times(train, tmp
     ids=["replaced", "added", "removed", "renamed", "moved", "class-renamed", "class-added"],
 )
 def test_the_digest_changes_with_the_images(train, change):
-    before = index.scan(train, "train")
+    before = scan(str(train), "data.train")
     change(train)
-    assert index.scan(train, "train").digest != before.digest
+    assert scan(str(train), "data.train").digest != before.digest
 
 
 def test_two_images_that_change_places_change_the_digest(train):
-    before = index.scan(train, "train").digest
+    before = scan(str(train), "data.train").digest
     a, b = train / "cat" / "a.jpg", train / "dog" / "a.jpg"
     one, other = a.read_bytes(), b.read_bytes()
     a.write_bytes(other)
     b.write_bytes(one)
-    assert index.scan(train, "train").digest != before
+    assert scan(str(train), "data.train").digest != before
 
 
 def test_the_data_digest_tells_the_splits_apart(train, tmp_path):
     add(tmp_path / "val" / "cat" / "a.jpg")
     add(tmp_path / "val" / "dog" / "a.jpg")
-    one, other = index.scan(train, "train"), index.scan(tmp_path / "val", "val")
+    one, other = scan(str(train), "data.train"), scan(str(tmp_path / "val"), "data.val")
     assert index.data_digest(one, other) != index.data_digest(other, one)
     assert index.data_digest(one, other) == index.data_digest(one, other)
 
@@ -335,11 +337,11 @@ def test_the_data_digest_tells_the_splits_apart(train, tmp_path):
 
 def test_a_saved_index_is_loaded_as_it_was(train, tmp_path):
     add(train / "dog" / "c.jpg", width=70, height=50)
-    found = index.scan(train, "train")
+    found = scan(str(train), "data.train")
     path = tmp_path / "deep" / "index.parquet"
     index.save(found, str(path))
-    loaded = index.load(str(path), tmp_path / "elsewhere")
-    assert loaded.root == tmp_path / "elsewhere"
+    loaded = index.load(str(path), str(tmp_path / "elsewhere"))
+    assert loaded.root == str(tmp_path / "elsewhere")
     assert (loaded.classes, loaded.paths, loaded.digest) == (found.classes, found.paths, found.digest)
     for field in ("labels", "heights", "widths"):
         assert getattr(loaded, field).dtype == np.int64
@@ -358,15 +360,15 @@ def flip_footer(content):
 @pytest.mark.parametrize("damage", [cut, flip_footer, lambda content: b"", lambda content: b"no parquet" * 100])
 def test_a_damaged_index_file_is_a_data_error_that_names_it(train, tmp_path, damage):
     path = tmp_path / "index.parquet"
-    index.save(index.scan(train, "train"), str(path))
+    index.save(scan(str(train), "data.train"), str(path))
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"index\.parquet"):
-        index.load(str(path), train)
+        index.load(str(path), str(train))
 
 
 def test_a_missing_index_file_is_a_data_error_that_names_it(train, tmp_path):
     with pytest.raises(DataError, match=r"absent\.parquet"):
-        index.load(str(tmp_path / "absent.parquet"), train)
+        index.load(str(tmp_path / "absent.parquet"), str(train))
 
 
 @pytest.mark.parametrize("metadata", [None, {"swa_dist": "{}"}, {"swa_dist": "[1]"}, {"swa_dist": "{"}])
@@ -374,7 +376,7 @@ def test_a_parquet_file_that_is_no_index_is_a_data_error_that_names_it(train, tm
     path = tmp_path / "foreign.parquet"
     pq.write_table(pa.table({"x": [1]}).replace_schema_metadata(metadata), path)
     with pytest.raises(DataError, match=r"foreign\.parquet"):
-        index.load(str(path), train)
+        index.load(str(path), str(train))
 
 
 def test_a_photograph_with_a_film_behind_it_is_whole(train):
@@ -383,6 +385,6 @@ def test_a_photograph_with_a_film_behind_it_is_whole(train):
         file.write(os.urandom(20_000).replace(b"\xff\xd9", b"\xff\x00"))
     pictures = [picture(64, 48, seed=n) for n in (1, 2)]
     pictures[0].save(train / "dog" / "a.jpg", format="MPO", save_all=True, append_images=pictures[1:])
-    found = index.scan(train, "train")
+    found = scan(str(train), "data.train")
     assert len(found) == 4
     assert (found.widths[2], found.heights[2]) == (64, 48)

@@ -1,16 +1,15 @@
 """The starting weights are compared with what they are known to have, and ImageNet with what it is known to be."""
 
 import math
-from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swa_dist import config
 from swa_dist.config import Recipe
-from swa_dist.data.index import Index
+from swa_dist.data.index import SCHEMA, Index
 from swa_dist.errors import DataError, ExitCode
 from swa_dist.service import checks
 from swa_dist.training.preflight import check
@@ -135,15 +134,8 @@ def test_whether_to_stop_is_the_callers_matter(preflight: str) -> None:
 
 
 def index(num_images: int, num_classes: int) -> Index:
-    return Index(
-        root=Path("/data"),
-        classes=tuple(f"n{i:08d}" for i in range(num_classes)),
-        paths=("image.jpg",) * num_images,
-        labels=np.zeros(num_images, dtype=np.int64),
-        heights=np.zeros(num_images, dtype=np.int64),
-        widths=np.zeros(num_images, dtype=np.int64),
-        digest="",
-    )
+    rows = pa.table({field.name: pa.nulls(num_images, field.type) for field in SCHEMA}, schema=SCHEMA)
+    return Index("/data", tuple(f"n{i:08d}" for i in range(num_classes)), (), rows, digest="")
 
 
 TRAIN, VAL = (1_281_167, 1000), (50_000, 1000)

@@ -219,7 +219,7 @@ def test_train_transforms_give_the_moments_of_the_random_crops() -> None:
     plan, model = recipe(), shallow()
     loaders = loaders_of(plan)
     recalibrate_as(plan, model, loaders, SOLO)
-    crops = torch.cat([group.images for group in loaders.recalibration(Span(0, NUM_TRAIN), "train")])
+    crops = torch.cat([group.images for group in loaders.recalibration(Span(0, NUM_TRAIN), "train", {})])
     with torch.no_grad():
         seen = model[0](crops).double()
     torch.testing.assert_close(model[1].running_mean.double(), seen.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)

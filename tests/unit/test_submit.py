@@ -8,7 +8,7 @@ import pytest
 from swa_dist import config
 from swa_dist.data import index
 from swa_dist.errors import ConfigError, DataError
-from swa_dist.service import identity
+from swa_dist.service import data, identity
 from swa_dist.service.layout import run_dir
 from swa_dist.service.submit import Attempt, submit
 from swa_dist.storage import folder
@@ -73,7 +73,7 @@ def recipe(root, few_digits):
         "output.dir": f"{root}/runs",
     }
     made = config.replace(digits, **located)
-    identity.write_indices(made, Said())
+    data.write_indices(made, Said())
     return made
 
 
