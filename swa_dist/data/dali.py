@@ -220,8 +220,11 @@ class DaliLoaders:
 
 
 def _trim_heap() -> None:
-    """Give what the pass before has left between what is in use back to the machine. Large tensors that come and go in turn with small things
-    leave holes, and glibc's heap would grow for some twenty passes, to twice its size."""
+    """Give back to the machine what the pass before has left between what is in use.
+
+    Large tensors that come and go in turn with small things leave holes, and glibc's heap would grow for some twenty
+    passes, to twice its size.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

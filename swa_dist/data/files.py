@@ -107,9 +107,9 @@ class DiskFiles:
         """Of a whole file, or of one that stays open for the next parts of it."""
         try:
             if length is None:
-                with open(os.path.join(self.root, file.name), "rb") as whole:
+                with open(os.path.join(self.root, file.name), "rb", buffering=0) as whole:
                     whole.seek(start)
-                    return whole.read()
+                    return whole.readall()
             opened = self._handles.of(os.path.join(self.root, file.name))
             return os.pread(opened.fileno(), length, start)
         except OSError as error:
