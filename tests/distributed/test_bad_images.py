@@ -284,7 +284,12 @@ def test_it_is_the_training_without_their_places(runs: Any, whole: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("size", "trap"), [(1, Trap("batch", 2)), (2, Trap("batch", 4, rank=1)), (2, Trap("batch", 1))]
+    ("size", "trap"),
+    [
+        (1, Trap("batch", 2)),
+        pytest.param(2, Trap("batch", 4, rank=1), marks=pytest.mark.faults),
+        pytest.param(2, Trap("batch", 1), marks=pytest.mark.faults),
+    ],
 )
 def test_killed_and_resumed_it_has_the_same_bits(
     runs: Any, damaged: Path, tmp_path: Path, size: int, trap: Trap
@@ -318,6 +323,7 @@ def test_a_resumed_run_does_not_name_again_what_its_checkpoint_has(runs: Any, da
     assert distance(weights_of(folder, "swa"), weights_of(runs[1][0], "swa")) == 0
 
 
+@pytest.mark.faults
 def test_an_image_that_is_bad_only_in_the_recalibration_is_left_out_of_it_and_named(
     whole: Path, tmp_path: Path
 ) -> None:
@@ -367,6 +373,7 @@ def test_a_share_of_0_is_none(whole: Path, tmp_path: Path, split: str, bad: list
     assert names_of(images, split, bad)[0] in message
 
 
+@pytest.mark.faults
 def test_one_bad_image_is_within_any_other_share(whole: Path, tmp_path: Path) -> None:
     images = with_bad(whole, tmp_path / "images", at(50), [BAD_VAL])
     (result,) = completed(1, images, tmp_path / "run", data__max_bad_share=1e-6)

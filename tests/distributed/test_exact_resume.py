@@ -32,9 +32,9 @@ FAST = [
     (1, Trap("batch", 4)),
     (3, Trap("batch", 7, rank=2)),
     (2, Trap("commit", 2)),  # between the average and its commit
-    (2, Trap("committed", 2)),
+    pytest.param(2, Trap("committed", 2), marks=pytest.mark.faults),
     (1, Trap("file", 9)),
-    (2, Trap("recalibrate", 1, rank=1)),
+    pytest.param(2, Trap("recalibrate", 1, rank=1), marks=pytest.mark.faults),
     (2, Trap("evaluate", 4, rank=1)),
 ]
 
@@ -45,7 +45,7 @@ def test_a_killed_run_ends_with_the_same_bits(undisturbed: Any, size: int, trap:
     assert_as_if_nothing_happened(small_run.completed(size, tmp_path), undisturbed[size], size)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.faults), *SIZES[1:]])
 def test_a_run_killed_within_an_epoch_goes_on_within_it(undisturbed: Any, size: int, tmp_path: Path) -> None:
     small_run.killed(size, tmp_path, WithinAnEpoch("nowhere", 0, root=str(tmp_path)))
     position = small_run.committed(tmp_path)

@@ -234,6 +234,7 @@ def secrets_of(head: Head, name: str) -> list[tuple[Any, str]]:
     return leaks + [("jobs", value) for value in (*CANARIES.values(), TOKEN) if value in jobs]
 
 
+@pytest.mark.faults
 def test_what_the_smoke_overlay_runs_runs_on_a_cluster(head: Head) -> None:
     """The manifest's entrypoint, its mounts elsewhere, its epochs fewer and its network smaller."""
     if shutil.which("kubectl") is None:

@@ -420,6 +420,7 @@ sharding.write(index, url, 3)
 """
 
 
+@pytest.mark.faults
 def test_after_a_kill_before_a_request_the_same_command_gives_the_same_objects(on_disk, tmp_path, s3, proxy):
     """The objects are the bytes that they are on disk, and nothing is left beside them."""
     source = scan(str(on_disk), "data.train")

@@ -360,6 +360,7 @@ def whole_shards(source, tmp_path):
 
 
 @pytest.mark.parametrize(("event", "least"), [("open", 20), ("os.rename", 9), ("os.remove", 5)])
+@pytest.mark.faults
 def test_after_a_kill_at_any_file_the_same_command_gives_the_same_bytes_and_leaves_nothing(
     source, tmp_path, event, least
 ):
