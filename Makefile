@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 quickstart: install
 	$(BIN)/swa-dist quickstart
 
-test: install
-	$(BIN)/pytest
+test: install  # files side by side, since much of what they do is waiting; but not two Rays
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/service
+	$(BIN)/pytest tests/service
 
 faults: install
 	$(BIN)/python -m tests.faults.table
