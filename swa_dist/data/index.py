@@ -163,6 +163,12 @@ def make(root: str, classes: tuple[str, ...], shards: tuple[Shard, ...], rows: p
     return Index(root, classes, shards, rows, digest.hexdigest())
 
 
+def with_column(rows: pa.Table, name: str, values: Any) -> pa.Table:
+    """The rows with other values in a column of SCHEMA."""
+    field = SCHEMA.field(name)
+    return rows.set_column(SCHEMA.get_field_index(name), field, pa.array(values, field.type))
+
+
 def carried(found: Index, before: Index, *, left_out: bool = True) -> Index:
     """`found` with what `verify` knew of the images that are as they were `before`: their SHA-256, and, with
     `left_out`, that it left them out."""

@@ -15,7 +15,7 @@ from swa_dist.data import labels as label_files
 from swa_dist.data import shards
 from swa_dist.data.files import EXTENSIONS, File, Files, files_at, is_image, printable
 from swa_dist.data.headers import Memory, Row, read_beginning, read_whole
-from swa_dist.data.index import ETAG, NO_SHARD, SCHEMA, Index, Progress, Shard, make
+from swa_dist.data.index import ETAG, NO_SHARD, SCHEMA, Index, Progress, Shard, make, with_column
 from swa_dist.errors import DataError
 from swa_dist.storage.folder import absolute, is_s3
 
@@ -72,7 +72,7 @@ def scan(
                 progress(done, max(done, layout.num_files()))
             memory.keep(kept)
     if rows.bad and not quarantine:
-        raise _not_whole(files, named, rows, done)
+        raise _not_whole(files, named, rows)
     if not rows.num_good:
         raise DataError(f"`{named}` must hold images, but {root} holds none.")
     classes, numbers = layout.classes, {name: number for number, name in enumerate(layout.classes)}
@@ -166,8 +166,7 @@ class _Rows:
         self._flush()
         table = pa.Table.from_batches(self._batches, SCHEMA)
         of_code = np.array([numbers[name] for name in self.codes], dtype=np.int32)
-        column = SCHEMA.get_field_index("label")
-        return table.set_column(column, SCHEMA.field(column), pa.array(of_code[table["label"].to_numpy()]))
+        return with_column(table, "label", of_code[table["label"].to_numpy()])
 
     def _flush(self) -> None:
         if self._waiting:
@@ -197,7 +196,7 @@ def _read_image(files: Files, file: File) -> list[Row]:
     return [Row(file.name, "", file.num_bytes, header.height, header.width, version, 0, None)]
 
 
-def _not_whole(files: Files, named: str, rows: _Rows, num_files: int) -> DataError:
+def _not_whole(files: Files, named: str, rows: _Rows) -> DataError:
     shown = "".join(f"\n  {files.place(row.path)}: {row.bad}" for row in rows.bad[:_SHOWN])
     more = f"\n  and {len(rows.bad) - _SHOWN} more" if len(rows.bad) > _SHOWN else ""
     return DataError(

@@ -63,11 +63,7 @@ def write(
         finally:
             pool.shutdown(cancel_futures=True)
     folder.write(join(target, CLASSES), "".join(f"{name}\n" for name in source.classes).encode())
-    column = SCHEMA.get_field_index("shard")
-    numbered = [
-        part.rows.set_column(column, SCHEMA.field(column), pa.array([number] * len(part.rows), pa.int32()))
-        for number, part in enumerate(parts)
-    ]
+    numbered = [index.with_column(part.rows, "shard", [number] * len(part.rows)) for number, part in enumerate(parts)]
     whole = index.make(target, source.classes, tuple(p.shards[0] for p in parts), pa.concat_tables(numbered))
     index.save(whole, join(target, INDEX))
     _tidy(target)

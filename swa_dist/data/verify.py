@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from PIL import Image
 
 from swa_dist.data.dali import undecodable
-from swa_dist.data.index import SCHEMA, Index, Progress, make
+from swa_dist.data.index import Index, Progress, make, with_column
 from swa_dist.data.reading import Ahead, Bytes, Reader
 from swa_dist.data.sizes import read_threads
 from swa_dist.errors import DataError
@@ -103,8 +102,5 @@ def _noted(index: Index, reader: _Noting) -> Index:
         bad[row] = reader.bad.get(i)
         if i not in reader.bad:
             sha256[row] = reader.sha256[i]
-    rows = index.rows
-    for name, values in (("bad", bad), ("sha256", sha256)):
-        column = SCHEMA.get_field_index(name)
-        rows = rows.set_column(column, SCHEMA.field(column), pa.array(values, SCHEMA.field(column).type))
+    rows = with_column(with_column(index.rows, "bad", bad), "sha256", sha256)
     return make(index.root, index.classes, index.shards, rows)

@@ -20,6 +20,7 @@ from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.index import Index
+from swa_dist.data.sizes import cores_here
 from swa_dist.data.sizes import sizes as loader_sizes
 from swa_dist.errors import BusyError, ConfigError, Stopped, SwaDistError
 from swa_dist.service import checks, identity, post_mortem, registry, stopping, tracking
@@ -292,7 +293,7 @@ def _cores(recipe: Recipe) -> int:
     """Of this worker."""
     if recipe.cluster.launcher == "ray" and "TORCHELASTIC_RUN_ID" not in os.environ:
         return max(1, int(recipe.cluster.cpus_per_worker))
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores_here() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @dataclass(frozen=True)

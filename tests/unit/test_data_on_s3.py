@@ -26,6 +26,7 @@ from tests.support import SECRET_KEY, Proxy, answer_of
 from tests.unit.test_index import add
 from tests.unit.test_shards import content_of, files_in, samples, tar
 from tests.unit.test_storage import full_disk, unwritable  # noqa: F401 - fixtures
+from tests.unit.test_verify import interrupted_scan
 
 NAMES = ("cat/a.jpg", "cat/b 1+%.JPG", "cat/in/käse.png", "dog/a.jpg", "dog/b.jpeg")
 
@@ -241,14 +242,7 @@ def test_a_second_scan_of_shards_reads_none(tmp_path, s3, proxy):
 
 
 def test_an_interrupted_scan_goes_on_where_it_was(url, proxy, monkeypatch):
-    monkeypatch.setattr(scanning, "_IMAGES_AT_ONCE", 1)
-
-    def interrupt(done, total):
-        if done == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        scan(url, "data.train", interrupt)
+    interrupted_scan(url, monkeypatch, at=4, at_once=1)
     proxy.seen.clear()
     assert len(scan(url, "data.train")) == 5
     assert [one.rpartition("/images/")[2] for one in gets(proxy)] == ["dog/a.jpg", "dog/b.jpeg"]

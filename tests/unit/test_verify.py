@@ -331,15 +331,20 @@ def test_a_file_of_the_same_size_and_time_but_another_content_is_read_again(trai
     assert opened == ["cat/a.jpg"]
 
 
-def test_a_scan_that_was_interrupted_goes_on_where_it_was(train, opened, monkeypatch):
-    monkeypatch.setattr(scanning, "_IMAGES_AT_ONCE", 2)
+def interrupted_scan(root, monkeypatch, *, at, at_once):
+    """A scan that ends with Ctrl-C at so many images, of which `at_once` are read and remembered together."""
+    monkeypatch.setattr(scanning, "_IMAGES_AT_ONCE", at_once)
 
     def interrupt(done, total):
-        if done == 5:
+        if done == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        scan(str(train), "data.train", interrupt)
+        scan(root, "data.train", interrupt)
+
+
+def test_a_scan_that_was_interrupted_goes_on_where_it_was(train, opened, monkeypatch):
+    interrupted_scan(str(train), monkeypatch, at=5, at_once=2)
     opened.clear()
     assert len(scan(str(train), "data.train")) == 6
     assert sorted(opened) == ["dog/b.jpg", "dog/c.png"]
