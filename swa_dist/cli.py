@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from swa_dist.service.data import Images
     from swa_dist.service.kube import Kube
     from swa_dist.service.progress import Display
+    from swa_dist.service.promotion import Ruling
     from swa_dist.service.ray_jobs import RayJobs
 
 T = TypeVar("T")
@@ -52,6 +53,11 @@ RecipePath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Replace a setting of the recipe. Repeatable.")
+]
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A registered model, `registry.model` of a recipe.")]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option("--tracking-uri", metavar="URL", help="MLflow. Default: MLFLOW_TRACKING_URI, else ./mlflow.db."),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A Ray job: swa-KEY-aN.")]
 To = Annotated[Literal["ray", "kube"], typer.Option("--to", help="A Ray cluster's jobs server, or Kubernetes.")]
@@ -110,6 +116,65 @@ def replay(run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of
 
     _shown(lambda display: service.replay(absolute(run), display))
     print(f"nothing waits in {run}")
+
+
+@app.command()
+def promote(
+    name: ModelName,
+    version: Annotated[str | None, typer.Option(help="Its number. Default: @challenger.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="A.B=C", help="Another rule, registry.gate...=, or place of the images, data.val="
+        ),
+    ] = None,
+    uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a version with @champion on the same images, and put it in its place if the rules of its recipe hold.
+
+    Ends with 10 if they don't. @champion then becomes @previous.
+    """
+    from swa_dist.service import promotion
+
+    place = _tracking_uri(uri)
+
+    def work(display: "Display") -> "Ruling":
+        keeper = promotion.gatekeeper(place, name, display)
+        return keeper.promote(promotion.which_version(place, name, version), tuple(overrides or ()))
+
+    ruling = _shown(work, quiet=as_json)
+    print(json.dumps(ruling.facts(), indent=1) if as_json else promotion.text(ruling))
+    if not ruling.is_champion:
+        sys.exit(ExitCode.GATE_REJECTED)
+
+
+@app.command()
+def rollback(
+    name: ModelName,
+    reason: Annotated[str, typer.Option(help="Why; kept in the history.")],
+    to: Annotated[str | None, typer.Option(metavar="VERSION", help="Its number. Default: @previous.")] = None,
+    uri: TrackingUri = None,
+) -> None:
+    """Make the version before @champion, or another, @champion again, whatever the evidence."""
+    from swa_dist.service import promotion
+
+    place = _tracking_uri(uri)
+    entry = _shown(lambda display: promotion.gatekeeper(place, name, display).rollback(to, reason))
+    print(f"models:/{name}@champion is version {entry.version} again, instead of {entry.before or 'none'}")
+
+
+@app.command()
+def history(name: ModelName, uri: TrackingUri = None, as_json: AsJson = False) -> None:
+    """Say which versions were @champion, since when, by whom and why; and which were refused."""
+    from swa_dist.service import promotion, report
+
+    place = _tracking_uri(uri)
+    entries = _shown(lambda display: promotion.gatekeeper(place, name, display).history(), quiet=as_json)
+    if as_json:
+        print(json.dumps([entry.facts() for entry in entries], indent=1))
+    else:
+        report.show_history([entry.facts() for entry in entries], _console())
 
 
 @app.command()
@@ -357,6 +422,12 @@ def _absolute(recipe: str, overrides: list[str] | None) -> config.Recipe:
     from swa_dist.service import identity
 
     return identity.absolute_addresses(_load(recipe, overrides))
+
+
+def _tracking_uri(uri: str | None) -> str:
+    from swa_dist.service import identity
+
+    return identity.tracking_uri_here(uri or "auto")
 
 
 def _places(

@@ -277,11 +277,33 @@ class Tracking:
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)
+class Gate:
+    """What a version must show to become @champion, on the images that the one there was scored on."""
+
+    evidence: Literal["start-and-last", "start"] = "start-and-last"
+    """What it must be better than in its own run: where it started and plain fine-tuning, or where it started alone.
+    Of `evaluate.candidate: last`, which is plain fine-tuning, the start alone."""
+    min_gain: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Top-1 over @champion's, percentage points. In any case more than chance would give."""
+    max_class_loss: Annotated[float, Field(ge=0, le=100)] = 5.0
+    """Percentage points of top-1 that any class may lose; one that loses more, beyond chance among so many classes,
+    stands in the way."""
+    max_ece_rise: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Expected calibration error over @champion's, percentage points."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_FROZEN)
 class Registry:
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
     """Name of the registered model."""
+    promote: Literal["auto", "hold"] = "auto"
+    """At the run's end: make its version @champion if the gate lets it, or leave that to `swa-dist promote`."""
     first: Literal["promote", "hold"] = "hold"
-    """The name's first version: make it @champion whatever the verdict, or leave that to a person."""
+    """While the name has never had a @champion: make a version it whatever the verdict, or leave that to a person."""
+    gate: Gate = Gate()
+    lock_url: Annotated[str, Field(min_length=1)] = "auto"
+    """File, on a disk that all who promote share or on S3, by which one at a time does. `auto`: in `output.dir`. The
+    registered model keeps the first one."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)

@@ -7,7 +7,8 @@ from scipy.stats import binomtest
 
 from swa_dist.training.evaluate import Outcomes
 
-_LEVEL = 0.05
+LEVEL = 0.05
+"""Of all tests."""
 _RESAMPLES = 10_000
 
 
@@ -32,12 +33,12 @@ class Paired:
     @property
     def worse(self) -> bool:
         """Whether the candidate is worse by more than chance would have it."""
-        return self.p_value < _LEVEL and self.high < 0
+        return self.p_value < LEVEL and self.high < 0
 
     @property
     def shown(self) -> bool:
         """Whether the gain is more than chance would give."""
-        return self.p_value < _LEVEL and self.low > 0
+        return self.p_value < LEVEL and self.low > 0
 
     def __str__(self) -> str:
         return f"{self.gain:+.2f} points (95 % interval {self.low:+.2f} to {self.high:+.2f}, p = {self.p_value:.2g})"
@@ -59,7 +60,7 @@ def compare(candidate: str, outcomes: Outcomes, against: str, others: Outcomes) 
     losses = int((~outcomes.top1 & others.top1).sum())
     # Drawing images with replacement draws wins, losses and ties in a multinomial; the seed makes it repeatable.
     draws = np.random.default_rng(0).multinomial(n, [wins / n, losses / n, 1 - (wins + losses) / n], size=_RESAMPLES)
-    low, high = np.quantile(100 * (draws[:, 0] - draws[:, 1]) / n, [_LEVEL / 2, 1 - _LEVEL / 2])
+    low, high = np.quantile(100 * (draws[:, 0] - draws[:, 1]) / n, [LEVEL / 2, 1 - LEVEL / 2])
     return Paired(
         candidate=candidate,
         against=against,

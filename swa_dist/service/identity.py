@@ -18,6 +18,7 @@ from swa_dist.service.progress import Display
 from swa_dist.storage.folder import absolute, join
 
 SCAN = "scan"
+_SQLITE = "sqlite:///"
 AUTO = "auto"
 _LOOKED_AT = 20  # images of a named index that are read
 
@@ -32,12 +33,22 @@ class Identity:
 def absolute_addresses(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, since workers run elsewhere."""
     fields = {name: absolute(value) for name, value in _addresses(recipe).items()}
-    uri = recipe.tracking.uri
-    if uri == "auto" and os.environ.get("MLFLOW_TRACKING_URI"):
-        uri = os.environ["MLFLOW_TRACKING_URI"]
-    if uri.startswith("sqlite:///"):
-        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
-    return config.replace(recipe, **fields | {"tracking.uri": uri})
+    return config.replace(recipe, **fields | {"tracking.uri": tracking_uri(recipe.tracking.uri)})
+
+
+def tracking_uri(uri: str) -> str:
+    """MLflow's address; `auto` as the environment has it, if it does."""
+    if uri == AUTO:
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or AUTO
+    if uri.startswith(_SQLITE):
+        uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).resolve()}"
+    return uri
+
+
+def tracking_uri_here(uri: str) -> str:
+    """The same; where the environment doesn't say, a database in the folder of the command."""
+    found = tracking_uri(uri)
+    return f"{_SQLITE}{Path('mlflow.db').resolve()}" if found == AUTO else found
 
 
 def index_url(recipe: Recipe, split: str) -> str:
@@ -57,13 +68,18 @@ def indices(recipe: Recipe, display: Display) -> tuple[Index, Index]:
     return train, val
 
 
+def val_index(recipe: Recipe, display: Display) -> Index:
+    """The validation images alone."""
+    if recipe.data.index != SCAN:
+        return index.load(index_url(recipe, "val"), recipe.data.val)
+    progress = functools.partial(display.progress, "index val")
+    return scan(recipe.data.val, "data.val", progress, labels=recipe.data.val_labels)
+
+
 def _scanned(recipe: Recipe, display: Display) -> tuple[Index, Index]:
     """Read the headers of all images of a recipe."""
-    data = recipe.data
-    read_train = functools.partial(display.progress, "index train")
-    read_val = functools.partial(display.progress, "index val")
-    train = scan(data.train, "data.train", read_train)
-    return train, scan(data.val, "data.val", read_val, labels=data.val_labels)
+    train = scan(recipe.data.train, "data.train", functools.partial(display.progress, "index train"))
+    return train, val_index(recipe, display)
 
 
 def named(recipe: Recipe) -> tuple[Index, Index]:
@@ -108,6 +124,8 @@ def _addresses(recipe: Recipe) -> dict[str, str]:
         found["data.index"] = recipe.data.index
     if recipe.checkpoint.extend_from != "nothing":
         found["checkpoint.extend_from"] = recipe.checkpoint.extend_from
+    if recipe.registry.lock_url != AUTO:
+        found["registry.lock_url"] = recipe.registry.lock_url
     if not elsewhere(recipe.model.weights):
         found["model.weights"] = recipe.model.weights
     return found

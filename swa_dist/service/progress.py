@@ -42,6 +42,19 @@ class Lines:
         pass
 
 
+class Silent:
+    """For nobody."""
+
+    def say(self, line: str) -> None:
+        pass
+
+    def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Bars:
     """For a terminal: a bar for each phase."""
 

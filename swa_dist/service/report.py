@@ -60,6 +60,21 @@ def show(summary: dict[str, Any], console: Console, *, already: bool) -> None:
         console.print(f"{what + ':':<12}{text}", highlight=False, soft_wrap=True)
 
 
+def show_history(entries: list[dict[str, Any]], console: Console) -> None:
+    """Print a table of what was @champion and what was refused."""
+    if not entries:
+        console.print("no version was ever promoted, refused or rolled back")
+        return
+    table = Table()
+    for column in ("when (UTC)", "what", "version", "@champion before", "by", "why"):
+        table.add_column(column, overflow="fold")
+    for one in entries:
+        what = one["kind"] if one["state"] == "done" else f"{one['kind']} ({one['state']})"
+        when = one["when"].partition("+")[0].replace("T", " ")
+        table.add_row(when, what, one["version"] or "none", one["before"] or "none", one["who"], one["why"])
+    console.print(table)
+
+
 def show_submissions(submissions: list[dict[str, Any]], console: Console) -> None:
     """Print a table of submitted runs."""
     if not submissions:
@@ -86,5 +101,5 @@ def _registered(summary: dict[str, Any]) -> str:
     registered = summary["registered"]
     if registered is None:
         return f"waits with {summary['waiting']} events; when MLflow answers: swa-dist replay {summary['run_dir']}"
-    alias = f" = models:/{registered['name']}@champion" if registered["champion"] else ""
+    alias = f" = models:/{registered['name']}@champion" if registered["champion"] else f", {registered['status']}"
     return f"{registered['name']} version {registered['version']}{alias}: {registered['why']}"

@@ -81,7 +81,7 @@ def deliver(folder: Folder, summary: dict[str, Any], display: Display) -> dict[s
     """Send what the spool holds, register, and write the summary with what came of it. MLflow down is no error here."""
     tracking.configure_client()
     try:
-        summary["mlflow"]["run_id"] = registry.send(folder)
+        summary["mlflow"]["run_id"] = registry.send(folder, display)
     except ServiceError as error:
         waiting = registry.spool_of(folder).waiting()
         display.say(f"warning: {error}")
@@ -100,7 +100,7 @@ def replay(run_dir: str, display: Display) -> dict[str, Any]:
     tracking.configure_client()
     summary = folder.read_json(SUMMARY)
     if summary is None:
-        registry.send(folder)
+        registry.send(folder, display)
         return {"waiting": 0}
     delivered = deliver(folder, summary, display)
     if delivered["waiting"]:
@@ -143,7 +143,7 @@ def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any
 def _send_summary(folder: Folder, display: Display) -> None:
     registry.spool_of(folder).append({"kind": "artifact", "name": SUMMARY})
     try:
-        registry.send(folder)
+        registry.send(folder, display)
     except ServiceError as error:
         display.say(f"warning: {error} The summary waits to be sent: swa-dist replay {folder.url}")
 

@@ -13,7 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from swa_dist.config import Recipe
 from swa_dist.errors import BusyError, CheckpointError, ServiceError, SwaDistError
-from swa_dist.service import registry, tracking
+from swa_dist.service import registry, tracking, versions
 from swa_dist.service.layout import ATTEMPT, RECIPE, SUMMARY, lease_url
 from swa_dist.service.progress import Display
 from swa_dist.service.run_folders import Runs, listed_bytes, open_runs
@@ -228,7 +228,7 @@ class _Asked:
             return True
         try:
             return tracking.patiently(
-                lambda: registry.is_aliased(facts.uri, facts.run_key, facts.run_id, facts.registered)
+                lambda: versions.is_aliased(facts.uri, facts.run_key, facts.run_id, facts.registered)
             )
         except ServiceError as error:
             self._display.say(f"warning: {error} None of its runs is removed.")

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from swa_dist import config, models
@@ -228,9 +227,7 @@ def note_failure(job: Job, error: BaseException) -> None:
 def resolve(recipe: Recipe) -> Recipe:
     """Absolute paths, since workers run elsewhere, and the addresses that `auto` stands for."""
     resolved = identity.absolute_addresses(recipe)
-    fields: dict[str, Any] = {}
-    if resolved.tracking.uri == "auto":
-        fields["tracking.uri"] = f"sqlite:///{Path('mlflow.db').resolve()}"
+    fields: dict[str, Any] = {"tracking.uri": identity.tracking_uri_here(recipe.tracking.uri)}
     published = published_top1(recipe)
     if published is not None:
         fields["evaluate.published_top1"] = published

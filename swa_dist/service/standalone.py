@@ -12,6 +12,7 @@ from torch import nn
 from swa_dist import config, models
 from swa_dist.config import Recipe
 from swa_dist.data.dali import DaliLoaders
+from swa_dist.data.index import Index
 from swa_dist.data.order import check_groups
 from swa_dist.data.scan import scan
 from swa_dist.data.sizes import cores_here, sizes
@@ -19,7 +20,7 @@ from swa_dist.errors import ConfigError, DataError, OutputError
 from swa_dist.service.progress import Display
 from swa_dist.storage.files import check_writable, write_atomic
 from swa_dist.storage.folder import absolute
-from swa_dist.training.evaluate import evaluate
+from swa_dist.training.evaluate import Outcomes, evaluate
 from swa_dist.training.recalibrate import most_images, recalibrate_as
 from swa_dist.training.world import SoloWorld
 
@@ -36,9 +37,15 @@ def recipe_beside(weights: Path) -> Path:
 
 def evaluate_file(weights: Path, data: str, recipe: Recipe, display: Display) -> dict[str, Any]:
     """The metrics of the weights on a folder of class folders, as a run with this recipe would find them."""
+    outcomes = outcomes_of(weights, _scanned(data, recipe, display), recipe, display)
+    return {"weights": str(weights), "data": data, "num_images": len(outcomes.ids)} | outcomes.metrics()
+
+
+def outcomes_of(weights: Path, images: Index, recipe: Recipe, display: Display) -> Outcomes:
+    """What the weights make of each image, as a run with this recipe would find it."""
     world = _world()
-    model, loaders = _opened(weights, data, recipe, world, display)
-    outcomes = evaluate(
+    model, loaders = _opened(weights, images, recipe, world, display)
+    return evaluate(
         model,
         loaders.validation(),
         loaders.num_val,
@@ -46,7 +53,6 @@ def evaluate_file(weights: Path, data: str, recipe: Recipe, display: Display) ->
         world,
         functools.partial(display.progress, "evaluate"),
     )
-    return {"weights": str(weights), "data": data, "num_images": len(outcomes.ids)} | outcomes.metrics()
 
 
 def recalibrate_file(weights: Path, data: str, out: Path, recipe: Recipe, display: Display) -> dict[str, Any]:
@@ -58,7 +64,7 @@ def recalibrate_file(weights: Path, data: str, out: Path, recipe: Recipe, displa
     except OutputError as error:
         raise OutputError(f"`--out` must be where files can be written, but {out} is not: {error}") from None
     world = _world()
-    model, loaders = _opened(weights, data, recipe, world, display)
+    model, loaders = _opened(weights, _scanned(data, recipe, display), recipe, world, display)
     check_groups(most_images(recipe.recalibrate, loaders.num_train), recipe.data.group_images)
     report = recalibrate_as(recipe, model, loaders, world, functools.partial(display.progress, "recalibrate"))
     if report.num_layers == 0:
@@ -71,29 +77,34 @@ def _world() -> SoloWorld:
     return SoloWorld(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
 
+def _scanned(data: str, recipe: Recipe, display: Display) -> Index:
+    return scan(absolute(data), "DATA", functools.partial(display.progress, "index"), labels=recipe.data.val_labels)
+
+
 def _opened(
-    weights: Path, data: str, recipe: Recipe, world: SoloWorld, display: Display
+    weights: Path, images: Index, recipe: Recipe, world: SoloWorld, display: Display
 ) -> tuple[nn.Module, DaliLoaders]:
     if not weights.is_file():
         raise ConfigError(f"`MODEL` must be a weights file, but {weights} does not exist.")
     local = config.replace(recipe, **{"model.weights": str(weights), "model.head": "keep"})
     model = models.build(local.model, local.seed)
     models.load(model, local.model)
-    found = scan(absolute(data), "DATA", functools.partial(display.progress, "index"), labels=recipe.data.val_labels)
-    if len(found.classes) != recipe.model.num_classes:
+    if len(images.classes) != recipe.model.num_classes:
         raise DataError(
-            f"`DATA` must have the {recipe.model.num_classes} classes of the model, but {data} has"
-            f" {len(found.classes)}."
+            f"`DATA` must have the {recipe.model.num_classes} classes of the model, but {images.root} has"
+            f" {len(images.classes)}."
         )
     loaders = DaliLoaders(
-        found,
-        found,
+        images,
+        images,
         recipe.data,
         seed=recipe.seed,
         rank=0,
         world_size=1,
         device=world.device,
-        sizes=sizes(config.replace(recipe, **{"data.train": data, "data.val": data}).data, cores_here(), 1),
+        sizes=sizes(
+            config.replace(recipe, **{"data.train": images.root, "data.val": images.root}).data, cores_here(), 1
+        ),
         warn=lambda message: display.say(f"warning: {message}"),
     )
     return model.to(world.device), loaders

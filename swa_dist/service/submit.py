@@ -95,9 +95,9 @@ def pinned(recipe: Recipe) -> Recipe:
     """The recipe with models:/NAME@champion as the version that it is now: it may be another in a moment."""
     if not identity.is_registered(recipe.model.weights):
         return recipe
-    from swa_dist.service import registry
+    from swa_dist.service import versions
 
-    return config.replace(recipe, **{"model.weights": registry.pinned(recipe.tracking.uri, recipe.model.weights)})
+    return config.replace(recipe, **{"model.weights": versions.pinned(recipe.tracking.uri, recipe.model.weights)})
 
 
 def _stored(url: str) -> tuple[dict[str, Any] | None, int | None]:

@@ -16,7 +16,7 @@ import torchvision.models
 
 from swa_dist.config import Model, Recipe
 from swa_dist.errors import CheckpointError, ConfigError, ServiceError
-from swa_dist.service import registry
+from swa_dist.service import versions
 from swa_dist.service.identity import is_registered, is_torchvision_name
 from swa_dist.storage.files import sha256_file, write_atomic, writing
 
@@ -33,7 +33,7 @@ class LocalWeights:
 def digest_of(recipe: Recipe) -> str:
     """SHA-256 of the starting weights: as the registry states it, or else of the fetched file."""
     if is_registered(recipe.model.weights):
-        stated = registry.stated_sha256(recipe.tracking.uri, recipe.model.weights)
+        stated = versions.stated_sha256(recipe.tracking.uri, recipe.model.weights)
         if stated is not None:
             return stated
     return fetch(recipe.model, recipe.tracking.uri).sha256
@@ -49,9 +49,9 @@ def fetch(model: Model, registry_uri: str) -> LocalWeights:
     expected = {"`model.weights_sha256`": model.weights_sha256} if model.weights_sha256 != "auto" else {}
     url = _url(model)
     if is_registered(model.weights):
-        version = registry.pinned(registry_uri, model.weights)  # an alias may be moved between two questions
-        path = registry.download(registry_uri, version, _cache())
-        stated = registry.stated_sha256(registry_uri, version)
+        version = versions.pinned(registry_uri, model.weights)  # an alias may be moved between two questions
+        path = versions.download(registry_uri, version, _cache())
+        stated = versions.stated_sha256(registry_uri, version)
         expected |= {"the one in the version's tag": stated} if stated is not None else {}
     elif url:
         path = _download(url)
