@@ -136,11 +136,10 @@ def test_mlflow_away_the_run_goes_on_and_replay_or_the_same_command_delivers(
         for _ in range(2):  # the second has nothing left to do
             delivered = swa_dist("replay", str(moved), cwd=tmp_path)
             assert delivered.returncode == 0, delivered.stderr
-        for _ in range(2):
-            delivered = swa_dist(*same, cwd=tmp_path)
-            assert delivered.returncode == 0, delivered.stderr
-            assert "finished already" in delivered.stdout
-            assert "digits-resnet version 1 " in delivered.stdout
+        delivered = swa_dist(*same, cwd=tmp_path)
+        assert delivered.returncode == 0, delivered.stderr
+        assert "finished already" in delivered.stdout
+        assert "digits-resnet version 1 " in delivered.stdout
         client = mlflow.MlflowClient(uri)
         (run,) = client.search_runs([client.get_experiment_by_name("swa_dist").experiment_id])
         assert run.info.status == "FINISHED"

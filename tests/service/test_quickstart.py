@@ -103,7 +103,7 @@ def test_mlflow_has_the_curves_the_config_and_the_data(first: Quickstart) -> Non
         assert run.data.metrics[f"val/{name}/top1"] == metrics["top1"]
     assert {d.dataset.name for d in run.inputs.dataset_inputs} == {"digits-train", "digits-val"}
     artifacts = {a.path for a in first.client.list_artifacts(run.info.run_id)}
-    assert artifacts == {"recipe.yaml", "summary.json"}
+    assert artifacts == {"recipe.yaml", "curves.png", "summary.json"}
     assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(first.folder)
 
 
