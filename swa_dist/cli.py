@@ -476,6 +476,8 @@ def _run(service: Any, recipe: str, overrides: list[str] | None) -> None:
     finished = _shown(lambda display: service(checked, display))
     if int(os.environ.get("RANK", "0")) == 0:
         report.show(finished.summary, _console(), already=finished.already)
+        if finished.unregistered is not None:
+            raise finished.unregistered
 
 
 def _console() -> "Console":

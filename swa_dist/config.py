@@ -274,6 +274,9 @@ class Tracking:
     """MLflow's address. `auto`: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the folder of the command."""
     experiment: str = "swa_dist"
     log_every_steps: Positive = 50
+    system_metrics: bool = True
+    """Log CPU, memory, disk, network and GPUs of each machine too: a sample every 10 seconds, or as
+    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_FROZEN)

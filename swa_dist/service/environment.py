@@ -49,6 +49,14 @@ def redact(text: str) -> str:
     return text
 
 
+def code_tags() -> dict[str, str]:
+    """Tags of an MLflow run that name the code: its version and, where it was installed from git, the commit."""
+    code = importlib.metadata.distribution("swa_dist")
+    origin = json.loads(code.read_text("direct_url.json") or "{}")
+    commit = origin.get("vcs_info", {}).get("commit_id")
+    return {"swa.version": code.version} | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
 def _forms(secret: str) -> tuple[str, ...]:
     """A value as it is, and as libraries write it in an address, in Python and in JSON."""
     quoted = (quote(secret, safe="/", errors="replace"), quote(secret, safe="", errors="replace"))

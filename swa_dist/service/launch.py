@@ -48,7 +48,7 @@ def _on_ray(recipe: Recipe, display: Display, termination: Termination, again: b
             submission=_submission() if recipe.cluster.address == "auto" else "",
         )
         if not isinstance(job, Job):
-            return job
+            return result.catch_up(job, display)
         with _failure_noted(job, termination):
             with _environment(_private_ray() if recipe.cluster.address == "local" else {}):
                 from swa_dist.service import ray_train  # reads the environment; and a finished run need not wait for it
@@ -107,7 +107,8 @@ def _in_this_process(recipe: Recipe, display: Display, world: World, termination
         prepare = functools.partial(run.prepare, recipe, display, held, num_workers=world.size, again=again)
         job = on_rank_zero(world, prepare)
         if not isinstance(job, Job):
-            return job
+            found = job
+            return on_rank_zero(world, lambda: result.catch_up(found, display))
         with _failure_noted(job, termination) if world.rank == 0 else contextlib.nullcontext():
             with termination.awaited() as told:
                 run.work(job, world, display, told)

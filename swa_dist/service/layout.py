@@ -6,6 +6,7 @@ from swa_dist.storage.folder import join, open_folder
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
 """There once the run is finished."""
+CURVES = "curves.png"
 ATTEMPT = "attempt.json"
 STOP_REQUEST = "stop"
 

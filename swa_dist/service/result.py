@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from swa_dist import config
 from swa_dist.config import Recipe
 from swa_dist.errors import ServiceError
 from swa_dist.evidence import verdict as evidence
-from swa_dist.service import registry, tracking
-from swa_dist.service.layout import SUMMARY
+from swa_dist.service import curves, post_mortem, registry, tracking
+from swa_dist.service.layout import CURVES, RECIPE, SUMMARY
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Finished, Job
 from swa_dist.service.spool import Spool
-from swa_dist.storage.folder import Folder, open_folder
+from swa_dist.storage import folder as folders
+from swa_dist.storage.folder import Folder, join, open_folder
 from swa_dist.training.checkpoints import CANDIDATES
 from swa_dist.training.evaluate import Outcomes
 from swa_dist.training.state import load_entry
@@ -73,41 +75,97 @@ def conclude(job: Job, display: Display) -> Finished:
         "candidate": candidate,
         "mlflow": asdict(spool.target),
     }
+    _draw_curves(folder, spool, summary, display)
     _spool_result(job, recipe, spool, summary)
-    return Finished(deliver(folder, summary, display), already=False)
+    unsent = deliver(folder, summary, display)
+    return Finished(summary, already=False, unregistered=_weighed(folder, summary, unsent, display))
 
 
-def deliver(folder: Folder, summary: dict[str, Any], display: Display) -> dict[str, Any]:
-    """Send what the spool holds, register, and write the summary with what came of it. MLflow down is no error here."""
+def catch_up(finished: Finished, display: Display) -> Finished:
+    """A run that had finished before, after what still waited in its spool was sent or has to wait on."""
+    folder = open_folder(finished.summary["run_dir"])
+    if not finished.summary["waiting"] and not registry.spool_of(folder).waiting():
+        return finished
+    unsent = deliver(folder, finished.summary, display)
+    unregistered = _weighed(folder, finished.summary, unsent, display)
+    return Finished(finished.summary, already=True, unregistered=unregistered)
+
+
+def deliver(folder: Folder, summary: dict[str, Any], display: Display) -> ServiceError | None:
+    """Send what the spool holds, register, and write `summary`, brought up to date, with what came of it. Returns what
+    keeps any of it from being sent."""
     tracking.configure_client()
+    _note(folder, summary)  # before what may take long: from here on the run is finished
+    unsent: ServiceError | None = None
     try:
         summary["mlflow"]["run_id"] = registry.send(folder, display)
     except ServiceError as error:
-        waiting = registry.spool_of(folder).waiting()
-        display.say(f"warning: {error}")
-        display.say(f"  {len(waiting)} events wait to be sent. When it answers: swa-dist replay {folder.url}")
+        unsent = error
+    _note(folder, summary)
+    if unsent is None:
+        registry.spool_of(folder).append({"kind": "artifact", "name": SUMMARY})
+        try:
+            registry.send(folder, display)
+        except ServiceError as error:
+            unsent = error
+    if unsent is None:
+        return None
+    waiting = registry.spool_of(folder).waiting()
+    model = ", its model among them" if any(event["kind"] == "model" for event in waiting) else ""
+    return ServiceError(
+        f"{unsent} Of the run {len(waiting)} events wait to be sent{model}. When it answers: `swa-dist replay"
+        f" {folder.url}`, or the run's own command again."
+    )
+
+
+def _note(folder: Folder, summary: dict[str, Any]) -> None:
     summary["registered"] = folder.read_json(registry.REGISTERED)
     summary["waiting"] = len(registry.spool_of(folder).waiting())
     folder.write(SUMMARY, json.dumps(summary, indent=1))
+
+
+def _weighed(
+    folder: Folder, summary: dict[str, Any], unsent: ServiceError | None, display: Display
+) -> ServiceError | None:
+    """What the run must end with: a model that isn't registered is no success. That MLflow lacks the rest, a line of
+    its last words or the summary, is only said."""
+    if unsent is None:
+        return None
     if summary["registered"] is not None:
-        _send_summary(folder, display)
-    return summary
+        display.say(f"warning: {unsent}")
+        return None
+    folder.pull(RECIPE)
+    recipe = (folder.local / RECIPE).read_text(encoding="utf-8")
+    if (written := post_mortem.write(folder, summary["attempt"], unsent, recipe)) is not None:
+        unsent.add_note(f"post-mortem: {written}")
+    return unsent
 
 
-def replay(run_dir: str, display: Display) -> dict[str, Any]:
+def replay(run_dir: str, display: Display) -> None:
     """Send what waits in a run's spool. Raises ServiceError where MLflow still doesn't answer."""
     folder = open_folder(run_dir)
     tracking.configure_client()
+    if waiting := registry.spool_of(folder).waiting():
+        display.say(f"sending {len(waiting)} events")
     summary = folder.read_json(SUMMARY)
     if summary is None:
         registry.send(folder, display)
-        return {"waiting": 0}
-    delivered = deliver(folder, summary, display)
-    if delivered["waiting"]:
-        raise ServiceError(
-            f"MLflow at {summary['mlflow']['uri']} must answer, but does not; {delivered['waiting']} events wait."
-        )
-    return delivered
+    elif (unsent := deliver(folder, summary, display)) is not None:
+        raise unsent
+
+
+def _draw_curves(folder: Folder, spool: Spool, summary: dict[str, Any], display: Display) -> None:
+    """Leave curves.png, and tell MLflow of it. No run fails of a picture."""
+    top1 = {name: metrics["top1"] for name, metrics in summary["candidates"].items()}
+    title = f"{summary['name']}: {summary['arch']}, {summary['epochs']} epochs"
+    rows = [event for event in spool.read() if event["kind"] == "row"]
+    try:
+        picture = curves.draw(title, rows, top1)
+    except Exception as error:  # of matplotlib, its fonts or its settings
+        display.say(f"warning: there is no {CURVES}: {error}")
+        return
+    folders.write(join(folder.url, CURVES), picture)
+    spool.append({"kind": "artifact", "name": CURVES})
 
 
 def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any]) -> None:
@@ -116,7 +174,7 @@ def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any
     if any(event["kind"] == "model" for event in spool.read()):  # an attempt before this one got so far
         spool.append(finished)  # once more: this one has said that it is running
         return
-    metrics = {f"val/{name}/{metric}": v for name, row in summary["candidates"].items() for metric, v in row.items()}
+    metrics = dict(_final_metrics(summary))
     position = summary["phases"]["train"]["images"]
     row = {"kind": "row", "position": position, "epoch": float(recipe.optim.epochs), "time_ms": now, "metrics": metrics}
     verdict = summary["verdict"]["sentence"]
@@ -140,12 +198,13 @@ def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any
     )
 
 
-def _send_summary(folder: Folder, display: Display) -> None:
-    registry.spool_of(folder).append({"kind": "artifact", "name": SUMMARY})
-    try:
-        registry.send(folder, display)
-    except ServiceError as error:
-        display.say(f"warning: {error} The summary waits to be sent: swa-dist replay {folder.url}")
+def _final_metrics(summary: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, metrics in summary["candidates"].items():
+        for metric, value in metrics.items():
+            yield f"val/{name}/{metric}", value
+    for phase, facts in summary["phases"].items():
+        yield f"time/{phase}_seconds", facts["seconds"]
+        yield f"throughput/{phase}_images_per_second", facts["images_per_second"]
 
 
 def _phases(facts: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:

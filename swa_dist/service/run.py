@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 from swa_dist import config, models
@@ -21,8 +20,17 @@ from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.index import Index
 from swa_dist.data.sizes import cores_here
 from swa_dist.data.sizes import sizes as loader_sizes
-from swa_dist.errors import BusyError, ConfigError, Stopped, SwaDistError
-from swa_dist.service import checks, identity, post_mortem, registry, stopping, tracking
+from swa_dist.errors import BusyError, ConfigError, ServiceError, Stopped, SwaDistError
+from swa_dist.service import (
+    checks,
+    environment,
+    identity,
+    post_mortem,
+    registry,
+    stopping,
+    system_metrics,
+    tracking,
+)
 from swa_dist.service.layout import ATTEMPT, RECIPE, STOP_REQUEST, SUMMARY, lease_url, run_dir
 from swa_dist.service.progress import Display
 from swa_dist.service.spool import Target
@@ -88,6 +96,8 @@ class Finished:
     summary: dict[str, Any]
     already: bool
     """Whether it had before this command."""
+    unregistered: ServiceError | None = None
+    """What keeps its model, which waits in the spool, from being registered."""
 
 
 def prepare(
@@ -137,7 +147,7 @@ def prepare(
         set_aside(url, f".attempt-{state['attempt']}")
     summary = folder.read_json(SUMMARY)
     if summary is not None:
-        return Finished(summary, already=True)
+        return Finished(summary | {"run_dir": url}, already=True)
     start = f"start{weights.path.suffix}"
     job = Job(
         recipe=config.to_tree(resolved),
@@ -195,6 +205,9 @@ def work(job: Job, world: World, display: Display, should_stop: Callable[[], boo
         )
         tracking.configure_client()
         tracker = SpoolTracker(registry.spool_of(folder), shown) if world.rank == 0 else _Quiet(log)
+        node = system_metrics.node_of(world.size)
+        if recipe.tracking.system_metrics and node is not None:
+            stack.enter_context(system_metrics.logged(job.run_dir, node))
         patience = _STOPPED_SECONDS
         try:
             finetune(recipe, world, loaders, folder.store, tracker, lambda: should_stop() or requested())
@@ -261,8 +274,8 @@ def _open_spool(job: Job, folder: Folder, recipe: Recipe, train: Index, val: Ind
             first_attempt=job.first_attempt,
         )
     )
-    # Params are write-once in MLflow: only what the key or the attempt's beginning fixes; the rest are tags.
-    in_key = {n: v for n, v in config.flatten(config.to_tree(recipe)).items() if config.in_key(n)}
+    # Params stay as the first attempt logged them; how things are in this one, tags and recipe.yaml say.
+    params = config.flatten(config.to_tree(recipe))
     tags = {
         "swa.attempt": job.attempt,
         "swa.submission": job.submission,
@@ -272,14 +285,15 @@ def _open_spool(job: Job, folder: Folder, recipe: Recipe, train: Index, val: Ind
         "swa.weights": job.weights,
         "swa.weights_sha256": job.weights_sha256,
         "swa.data_digest": job.data_digest,
-        "swa.version": version("swa_dist"),
+        "swa.run_dir": job.run_dir,
+        **environment.code_tags(),
     }
     datasets = {
         split: {"source": as_uri(found.root), "name": f"{recipe.data.name}-{split}", "digest": found.digest}
         for split, found in (("train", train), ("val", val))
     }
     spool.append(
-        {"kind": "start", "params": in_key, "datasets": datasets},
+        {"kind": "start", "params": params, "datasets": datasets},
         {"kind": "tags", "tags": tags},
         {"kind": "status", "status": "RUNNING"},
         {"kind": "artifact", "name": RECIPE},

@@ -55,7 +55,7 @@ def submit(recipe: Recipe, place: Place, display: Display, *, wait: bool) -> int
     who = identity.identify(there)
     key = who.run_key
     known, stored_attempt = _stored(run_dir(there.output.dir, key))
-    if known is not None:
+    if known is not None and known["registered"] is not None:
         display.say(f"finished already: {recipe.name} with key {key[:12]}. {_found(known)}")
         return ExitCode.OK
     attempts = place.attempts(key)
@@ -68,7 +68,11 @@ def submit(recipe: Recipe, place: Place, display: Display, *, wait: bool) -> int
         name = last.name
     else:
         if last is not None and last.state == "failed":
-            display.say(f"{last.name} did not finish{f' ({last.reason})' if last.reason else ''}; its state is resumed")
+            reason = f" ({last.reason})" if last.reason else ""
+            if known is None:
+                display.say(f"{last.name} did not finish{reason}; its state is resumed")
+            else:
+                display.say(f"{last.name} finished, but its model waits to be registered{reason}")
         name = config.attempt_name(key, max(last.number if last else 0, stored_attempt or 0) + 1)
         if place.start(name, key, as_sent(there, who.weights_sha256)):
             display.say(f"submitted {recipe.name} as {name}")

@@ -1,7 +1,8 @@
 """What a run tells MLflow, by way of a spool on disk: MLflow being slow or down never stops or slows a run.
 
-With registry.py the only importer of mlflow. A spool holds events in the order they happened, each with its own time,
-so that sending one twice changes nothing; what could not be sent waits there for `swa-dist replay`.
+With registry.py and system_metrics.py the only importer of mlflow. A spool holds events in the order they happened,
+each with its own time, so that sending one twice changes nothing; what could not be sent waits there for `swa-dist
+replay`.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import mlflow
 import mlflow.data
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
 
 from swa_dist.errors import ServiceError, SwaDistError
 from swa_dist.service.progress import Display
@@ -29,7 +30,8 @@ T = TypeVar("T")
 
 _METRICS_PER_REQUEST = 1000
 _PARAMS_PER_REQUEST = 100
-_DIGEST_CHARACTERS = 36  # the most that MLflow takes
+_PARAM_CHARACTERS = 6000  # the most that MLflow takes, as of a digest
+_DIGEST_CHARACTERS = 36
 _RETRY_SECONDS = 15.0
 _PAUSES_SECONDS = (2.0, 4.0)
 
@@ -199,13 +201,31 @@ def find_or_create_run(client: mlflow.MlflowClient, target: Target) -> str:
         if experiment
         else client.create_experiment(target.experiment, artifact_location=_artifact_location(target))
     )
-    tags = {"swa.run_key": target.run_key, "swa.first_attempt": str(target.first_attempt)}
-    filter_string = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-    found = list(client.search_runs([experiment_id], filter_string))
+    found = _runs(client, experiment_id, target)
     if not found:
-        made = client.create_run(experiment_id, tags=tags, run_name=target.run_name)
-        found = [made, *client.search_runs([experiment_id], filter_string)]  # a lost answer's may have come to be
-    return str(min(found, key=lambda run: (run.info.start_time, run.info.run_id)).info.run_id)
+        made = client.create_run(experiment_id, tags=_tags(target), run_name=target.run_name)
+        found = [made, *_runs(client, experiment_id, target)]  # a lost answer's may have come to be
+    return str(_oldest(found).info.run_id)
+
+
+def find_run(client: mlflow.MlflowClient, target: Target) -> Run | None:
+    """The oldest run that has the target's tags, if there is one."""
+    experiment = client.get_experiment_by_name(target.experiment)
+    found = _runs(client, experiment.experiment_id, target) if experiment else []
+    return _oldest(found) if found else None
+
+
+def _runs(client: mlflow.MlflowClient, experiment_id: str, target: Target) -> list[Run]:
+    filter_string = " and ".join(f"tags.`{name}` = '{value}'" for name, value in _tags(target).items())
+    return list(client.search_runs([experiment_id], filter_string))
+
+
+def _oldest(runs: Sequence[Run]) -> Run:
+    return min(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+
+
+def _tags(target: Target) -> dict[str, str]:
+    return {"swa.run_key": target.run_key, "swa.first_attempt": str(target.first_attempt)}
 
 
 def _artifact_location(target: Target) -> str | None:
@@ -225,7 +245,11 @@ def _log_rows(client: mlflow.MlflowClient, run_id: str, rows: Sequence[Event]) -
 
 
 def _log_start(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Path) -> None:
-    params = [Param(name, str(value)) for name, value in event["params"].items()]
+    # Params are write-once in MLflow: one that a later attempt has otherwise would be refused, and all after it wait.
+    logged = client.get_run(run_id).data.params
+    params = [
+        Param(name, str(value)[:_PARAM_CHARACTERS]) for name, value in event["params"].items() if name not in logged
+    ]
     for first in range(0, len(params), _PARAMS_PER_REQUEST):
         client.log_batch(run_id, params=params[first : first + _PARAMS_PER_REQUEST])
     for split, facts in event["datasets"].items():

@@ -69,7 +69,7 @@ def _epoch(
         _average(ports, state, info)
         last = info.stop == begin + num_train
         if last or math.ceil((info.stop - begin) / recipe.data.global_batch) % recipe.tracking.log_every_steps == 0:
-            _row(ports, state, tallies.take_steps() | _so_far(state, info))
+            _row(ports, state, tallies.take_steps() | _so_far(ports, state, info))
         note = f"epoch {epoch + 1}/{recipe.optim.epochs}, learning rate {info.lr:.2g}, {tallies.loss}"
         ports.tracker.progress("train", info.stop, end, note)
         stop, save, failed = ports.any_worker(ports.should_stop(), checkpoints.due, checkpoints.failed)
@@ -97,8 +97,9 @@ def _begin(state: TrainState, running: RunningStatistics, tallies: "_Tallies") -
         running.split()
 
 
-def _so_far(state: TrainState, info: loop.StepInfo) -> dict[str, float]:
+def _so_far(ports: Ports, state: TrainState, info: loop.StepInfo) -> dict[str, float]:
     return {
+        "train/epoch": state.position / ports.loaders.num_train,
         "train/lr": info.lr,
         "train/skipped": len(state.guard.skipped),
         "train/images_left_out": len(state.left_out),

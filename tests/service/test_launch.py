@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import mlflow
 import pytest
 
+from swa_dist import config
 from tests.service.forked import start, swa_dist
 from tests.support import command, free_port, wait_for_port
 
@@ -96,20 +98,27 @@ def port() -> int:
     return free_port()
 
 
-def test_mlflow_away_the_run_goes_on_and_replay_delivers(
+def test_mlflow_away_the_run_goes_on_and_replay_or_the_same_command_delivers(
     few_digits: Path, start_weights: Path, tmp_path: Path, port: int
 ) -> None:
     uri = f"http://127.0.0.1:{port}"
-    result = swa_dist(*settings(few_digits, start_weights, **{"tracking.uri": uri}), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    same = settings(few_digits, start_weights, **{"tracking.uri": uri})
+    result, again = swa_dist(*same, cwd=tmp_path), swa_dist(*same, cwd=tmp_path)
     (folder,) = tmp_path.glob("runs/swa-*")
-    assert f"swa-dist replay {folder}" in result.stdout
+    for ended in (result, again, swa_dist("replay", str(folder), cwd=tmp_path)):
+        assert ended.returncode == 69, ended.stderr
+        assert uri in ended.stderr
+        assert f"swa-dist replay {folder}" in ended.stderr
+        assert "Traceback" not in ended.stderr
+    for ended in (result, again):
+        assert "verdict:" in ended.stdout
+        assert f"post-mortem: {folder / 'post-mortem-a1.md'}" in ended.stderr
+    assert "finished already" in again.stdout
+    assert "must answer" in (folder / "post-mortem-a1.md").read_text()
+    assert json.loads((folder / "attempt.json").read_text())["attempt"] == 1  # nothing was trained again
     assert summary_in(tmp_path)["registered"] is None
-    refused = swa_dist("replay", str(folder), cwd=tmp_path)
-    assert refused.returncode == 69
-    assert uri in refused.stderr
-    assert "Traceback" not in refused.stderr
-    folder = folder.rename(tmp_path / "moved")  # what waits belongs to the folder, wherever that is
+    # What waits belongs to the folder, wherever that is; and a copy of it that sends the same doubles nothing.
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
     server = subprocess.Popen(
         [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
@@ -125,15 +134,24 @@ def test_mlflow_away_the_run_goes_on_and_replay_delivers(
     try:
         wait_for_port(port, server)
         for _ in range(2):  # the second has nothing left to do
-            delivered = swa_dist("replay", str(folder), cwd=tmp_path)
+            delivered = swa_dist("replay", str(moved), cwd=tmp_path)
             assert delivered.returncode == 0, delivered.stderr
+        delivered = swa_dist(*same, cwd=tmp_path)
+        assert delivered.returncode == 0, delivered.stderr
+        assert "finished already" in delivered.stdout
+        assert "digits-resnet version 1 " in delivered.stdout
         client = mlflow.MlflowClient(uri)
         (run,) = client.search_runs([client.get_experiment_by_name("swa_dist").experiment_id])
         assert run.info.status == "FINISHED"
         assert [m.step for m in client.get_metric_history(run.info.run_id, "epoch/loss")] == [400]
         assert str(client.get_model_version_by_alias("digits-resnet", "champion").version) == "1"
-        assert json.loads((folder / "summary.json").read_text())["registered"]["champion"]
-        assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"recipe.yaml", "summary.json"}
+        assert len(client.search_model_versions("name = 'digits-resnet'")) == 1
+        for one in (folder, moved):
+            assert json.loads((one / "summary.json").read_text())["registered"]["champion"]
+        artifacts = {"recipe.yaml", "curves.png", "summary.json"}
+        assert {a.path for a in client.list_artifacts(run.info.run_id)} == artifacts
+        recipe = config.flatten(config.to_tree(config.load(folder / "recipe.yaml")))
+        assert run.data.params == {name: str(value) for name, value in recipe.items()}
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=30)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -52,6 +53,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(MARK, folder.name)
+        patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")  # it takes less than the usual 10 seconds
         result = support.swa_dist("quickstart", cwd=folder)
     assert result.returncode == 0, result.stderr
     return Quickstart(folder, result.stdout, time.monotonic() - began, left_behind(MARK, folder.name))
@@ -101,8 +103,19 @@ def test_mlflow_has_the_curves_the_config_and_the_data(first: Quickstart) -> Non
         assert run.data.metrics[f"val/{name}/top1"] == metrics["top1"]
     assert {d.dataset.name for d in run.inputs.dataset_inputs} == {"digits-train", "digits-val"}
     artifacts = {a.path for a in first.client.list_artifacts(run.info.run_id)}
-    assert artifacts == {"recipe.yaml", "summary.json"}
+    assert artifacts == {"recipe.yaml", "curves.png", "summary.json"}
     assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(first.folder)
+
+
+def test_the_metrics_are_those_of_the_documented_table(first: Quickstart) -> None:
+    (run,) = first.runs
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    table = text.partition("| metric | when | unit |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    documented = [line.split("`")[1] for line in table.splitlines()]
+    logged = {re.sub(r"^val/[^/]+/", "val/CANDIDATE/", name) for name in run.data.metrics}
+    logged = {re.sub(r"^system/node_0/.+", "system/node_N/...", name) for name in logged}
+    assert logged == set(documented)
+    assert len(documented) == len(set(documented))
 
 
 LOAD = """

@@ -116,6 +116,7 @@ ELSEWHERE = {
     "tracking.uri": "https://mlflow.example:5000",
     "tracking.experiment": "another",
     "tracking.log_every_steps": 1,
+    "tracking.system_metrics": False,
     "registry.model": "renamed",
     "registry.first": "promote",
     "cluster.launcher": "process",

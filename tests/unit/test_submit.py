@@ -132,13 +132,25 @@ def test_one_that_another_submitted_in_the_same_moment_is_attached_to(recipe):
 def test_what_is_finished_is_said_and_not_submitted(recipe):
     key = identity.identify(recipe).run_key
     where = run_dir(recipe.output.dir, key)
-    summary = {"verdict": {"sentence": "swa is better."}, "run_dir": where}
+    summary = {"verdict": {"sentence": "swa is better."}, "run_dir": where, "registered": {"version": "1"}}
     folder.open_folder(where).write("summary.json", json.dumps(summary))
     place, said = Shelf(attempt(recipe, 1, "failed")), Said()
     assert submit(recipe, place, said, wait=True) == 0
     assert (place.sent, place.followed) == ([], [])
     assert "finished already" in said.text
     assert "swa is better." in said.text
+
+
+def test_what_is_finished_but_not_registered_is_submitted_once_more(recipe):
+    """Which trains nothing: what waits in the run's spool is sent from where MLflow can be reached."""
+    key = identity.identify(recipe).run_key
+    there = folder.open_folder(run_dir(recipe.output.dir, key))
+    there.write("attempt.json", '{"attempt": 1, "first_attempt": 1}')
+    there.write("summary.json", '{"registered": null}')
+    place, said = Shelf(attempt(recipe, 1, "failed", "exit code 69")), Said()
+    assert submit(recipe, place, said, wait=True) == 7
+    assert [name for name, _ in place.sent] == [name_of(recipe, 2)]
+    assert f"{name_of(recipe, 1)} finished, but its model waits to be registered (exit code 69)" in said.text
 
 
 def test_where_the_folder_cannot_be_seen_the_places_word_counts(recipe):

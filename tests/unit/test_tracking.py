@@ -43,14 +43,6 @@ class Record:
         pass
 
 
-@pytest.fixture(scope="session")
-def new_database(tmp_path_factory):
-    """MLflow takes seconds to make one, so that it is made once and copied."""
-    path = tmp_path_factory.mktemp("mlflow") / "new.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture(autouse=True)
 def client_settings(tmp_path, monkeypatch):
     for name in SETTINGS:
@@ -287,6 +279,24 @@ def test_a_start_that_is_sent_twice_changes_nothing(spool, client, tmp_path):
     forget_sent(spool, 0)
     after = client.get_run(tracking.send(spool, {}))
     assert (after.data.params, len(after.inputs.dataset_inputs)) == (before.data.params, 1)
+
+
+def test_a_later_attempt_adds_the_params_that_lack_and_nothing_refuses_those_that_are_others(spool, client):
+    first = {"seed": 0, "cluster.num_workers": 8, "data.train": "/" + 6500 * "x", "output.dir": ""}
+    spool.append({"kind": "start", "params": first, "datasets": {}})
+    tracking.send(spool, {})
+    second = {"seed": 0, "cluster.num_workers": 2, "tracking.system_metrics": True, "data.train": "/y"}
+    spool.append({"kind": "start", "params": second, "datasets": {}}, {"kind": "tags", "tags": {"swa.attempt": 2}})
+    run = client.get_run(tracking.send(spool, {}))
+    assert spool.waiting() == []
+    assert run.data.params == {
+        "seed": "0",
+        "cluster.num_workers": "8",
+        "data.train": first["data.train"][:6000],
+        "output.dir": "",
+        "tracking.system_metrics": "True",
+    }
+    assert run.data.tags["swa.attempt"] == "2"
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED"])

@@ -1,0 +1,89 @@
+"""What a finished run that has something left to send ends with, while MLflow is away."""
+
+import json
+import pickle
+import socket
+
+import pytest
+import torch
+
+from swa_dist.errors import ExitCode, ServiceError
+from swa_dist.service import registry, result, tracking
+from swa_dist.service.layout import RECIPE, SUMMARY
+from swa_dist.service.registry import REGISTERED
+from swa_dist.service.run import Finished
+from swa_dist.service.spool import Spool, Target
+from swa_dist.storage.folder import open_folder
+from swa_dist.training.state import save_entry
+
+MODEL = {"kind": "model", "recipe": {}, "uri": "", "entry": "candidates/swa", "tags": {}}
+STATUS = {"kind": "status", "status": "FINISHED", "time_ms": 1}
+
+
+class Said:
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def progress(self, phase, done, total, note=""):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """Makes a run that has finished, all of whose events wait for a server that is not there."""
+    monkeypatch.setattr(tracking, "_PAUSES_SECONDS", ())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    def make(*events, registered):
+        folder = open_folder(str(tmp_path / "run"))
+        folder.write(RECIPE, "name: digits\n")
+        save_entry(folder.store, MODEL["entry"], {"model": {"weight": torch.zeros(1)}}, {})
+        if registered:
+            folder.write(REGISTERED, json.dumps({"name": "digits", "version": "1"}))
+        spool = Spool(folder.local)
+        spool.open(Target(uri=uri, experiment="digits", run_name="small", run_key="k" * 64, first_attempt=1))
+        if events:
+            spool.append(*events)
+        summary = {"run_dir": folder.url, "attempt": 1, "waiting": 0, "registered": None, "mlflow": {"uri": uri}}
+        folder.write(SUMMARY, json.dumps(summary))
+        return Finished(summary, already=True)
+
+    return make
+
+
+def test_a_model_that_waits_is_no_success_and_says_what_to_do(finished, tmp_path):
+    said = Said()
+    found = result.catch_up(finished(MODEL, STATUS, registered=False), said)
+    error = pickle.loads(pickle.dumps(found)).unregistered  # as the other workers get it
+    assert isinstance(error, ServiceError)
+    assert error.exit_code == ExitCode.DEPENDENCY_DOWN
+    assert "2 events wait to be sent, its model among them" in str(error)
+    assert f"`swa-dist replay {tmp_path / 'run'}`" in str(error)
+    (written,) = error.__notes__
+    assert "its model among them" in (tmp_path / "run" / written.rpartition("/")[2]).read_text()
+    assert said.lines == []
+    assert found.summary["waiting"] == json.loads((tmp_path / "run" / SUMMARY).read_text())["waiting"] == 2
+
+
+@pytest.mark.parametrize("left", [STATUS, {"kind": "artifact", "name": SUMMARY}])
+def test_what_else_waits_is_a_warning(finished, tmp_path, left):
+    said = Said()
+    found = result.catch_up(finished(left, registered=True), said)
+    assert found.unregistered is None
+    (warning,) = said.lines
+    assert warning.startswith("warning: MLflow at ")
+    assert "swa-dist replay" in warning
+    assert not list((tmp_path / "run").glob("post-mortem*"))
+
+
+def test_where_nothing_waits_nobody_is_asked(finished, monkeypatch):
+    monkeypatch.setattr(registry, "send", None)
+    before = finished(registered=True)
+    assert result.catch_up(before, Said()) is before
