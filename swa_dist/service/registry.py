@@ -131,12 +131,10 @@ def _create_version(
     display.progress("register", 1, 1)
     tags = {tag: str(value) for tag, value in event["tags"].items()}
     tags |= {WEIGHTS_SHA256: sha256_file(weights), MODEL_SHA256: _digest(client, uri, model_id)}
-    mlflow.set_tracking_uri(
-        uri
-    )  # where MLflow looks the logged model up if its store is a database, whatever is passed
     created = client.create_model_version(
         name,
-        source=f"models:/{model_id}",
+        # Its place: an address models:/ID is looked up at MLflow's global address, whatever is passed.
+        source=client.get_logged_model(model_id).artifact_location,
         run_id=run_id,
         model_id=model_id,
         tags=tags,

@@ -388,7 +388,7 @@ def test_a_model_whose_registration_has_no_answers_is_registered_once(server: Se
     (version,) = client.search_model_versions("name = 'outages'")
     assert (version.run_id, version.aliases or ["champion"]) == (run.info.run_id, ["champion"])
     (logged,) = client.search_logged_models([run.info.experiment_id])
-    assert version.source == f"models:/{logged.model_id}"
+    assert version.model_id == logged.model_id
     assert str(client.get_model_version_by_alias("outages", "champion").version) == version.version == "1"
     assert (run.info.status, run.info.end_time) == ("FINISHED", END_MS)
     assert (folder.read_json(registry.REGISTERED) or {})["champion"]

@@ -16,7 +16,7 @@ from mlflow.entities import Run
 
 from swa_dist.config import Model
 from swa_dist.errors import ConfigError
-from swa_dist.service import registry, weights
+from swa_dist.service import versions, weights
 from swa_dist.storage.files import sha256_file
 from tests import support
 from tests.service.forked import swa_dist
@@ -83,6 +83,9 @@ def test_the_summary_says_what_was_found(first: Quickstart) -> None:
     assert summary["registered"] == {
         "name": "digits-resnet",
         "version": "1",
+        "status": "promoted",
+        "over": None,
+        "decision": None,
         "champion": True,
         "why": "there was no @champion and `registry.first` is promote, whatever the verdict",
     }
@@ -103,7 +106,7 @@ def test_mlflow_has_the_curves_the_config_and_the_data(first: Quickstart) -> Non
         assert run.data.metrics[f"val/{name}/top1"] == metrics["top1"]
     assert {d.dataset.name for d in run.inputs.dataset_inputs} == {"digits-train", "digits-val"}
     artifacts = {a.path for a in first.client.list_artifacts(run.info.run_id)}
-    assert artifacts == {"recipe.yaml", "curves.png", "summary.json"}
+    assert artifacts == {"recipe.yaml", "curves.png", "summary.json", "promotion"}
     assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(first.folder)
 
 
@@ -151,8 +154,8 @@ def test_a_run_can_start_from_the_champion_by_its_address(first: Quickstart) -> 
     model = Model(arch="resnet18", weights="models:/digits-resnet@champion", num_classes=10)
     for _ in range(2):  # the second from the cache
         fetched = weights.fetch(model, uri)
-        assert fetched.sha256 == sha256_file(candidate) == registry.stated_sha256(uri, model.weights)
-    assert registry.pinned(uri, model.weights) == "models:/digits-resnet/1"
+        assert fetched.sha256 == sha256_file(candidate) == versions.stated_sha256(uri, model.weights)
+    assert versions.pinned(uri, model.weights) == "models:/digits-resnet/1"
     for wrong in ("models:/digits-resnet@nobody", "models:/digits-resnet/7", "models:/absent/1", "models:/x"):
         with pytest.raises(ConfigError, match=r"`model\.weights` must be"):
             weights.fetch(Model(arch="resnet18", weights=wrong, num_classes=10), uri)
@@ -179,7 +182,8 @@ def test_again_is_another_attempt_with_another_mlflow_run_and_the_champion_stays
     assert (first.folder / "runs" / f"swa-{before['run_key'][:12]}.attempt-1" / "summary.json").is_file()
     assert len(first.runs) == 2
     assert after["registered"]["version"] == "2"
-    assert "@champion stays version 1" in after["registered"]["why"]
+    assert (after["registered"]["status"], after["registered"]["over"]) == ("rejected", "1")
+    assert "over @champion" in after["registered"]["why"]
     assert str(first.client.get_model_version_by_alias("digits-resnet", "champion").version) == "1"
     for name, metrics in before["candidates"].items():
         assert after["candidates"][name]["top1"] == pytest.approx(metrics["top1"], abs=0.3)

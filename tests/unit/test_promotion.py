@@ -5,7 +5,6 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pytest
 import safetensors.torch
@@ -90,9 +89,8 @@ class Place:
             versions.MODEL_SHA256: logged_model.digest(folder),
             versions.WEIGHTS_SHA256: sha256_file(folder / logged_model.FILES / logged_model.WEIGHTS),
         }
-        mlflow.set_tracking_uri(self.uri)
         made = client.create_model_version(
-            name, f"models:/{logged.model_id}", run.info.run_id, tags=tags, model_id=logged.model_id
+            name, logged.artifact_location, run.info.run_id, tags=tags, model_id=logged.model_id
         )
         client.set_registered_model_alias(name, "challenger", made.version)
         return str(made.version)
@@ -117,13 +115,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, few_digits):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", "")  # which MLflow sets too
-        yield _place(tmp_path_factory.mktemp("registry"), few_digits)
-        mlflow.set_tracking_uri(None)
-
-
-def _place(folder, few_digits):
+    folder = tmp_path_factory.mktemp("registry")
     tracking.configure_client()
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     client = versions.client_of(uri)
