@@ -15,14 +15,14 @@ from typing import Any
 import mlflow
 import pytest
 
-from swa_dist import config, models
+from swa_dist import config
 from swa_dist.errors import ServiceError
 from swa_dist.service import registry, tracking
+from swa_dist.service.progress import Silent
 from swa_dist.service.spool import Spool, Target
 from swa_dist.service.tracking import SpoolTracker
 from swa_dist.storage.folder import open_folder
-from swa_dist.training.state import save_entry
-from tests.support import Proxy, digits_recipe, free_port, wait_for_port
+from tests.support import Proxy, digits_recipe, free_port, wait_for_port, write_finished
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -227,7 +227,7 @@ class Outage:
 def finish(spool: Spool) -> str:
     """What the driver does when its workers are done."""
     spool.append({"kind": "status", "status": "FINISHED", "time_ms": END_MS})
-    return registry.send(open_folder(str(spool.folder)))
+    return registry.send(open_folder(str(spool.folder)), Silent())
 
 
 def assert_no_slower(name: str, timed: Timed, healthy: Timed) -> None:
@@ -252,7 +252,7 @@ def test_a_server_that_comes_up_after_the_training_gets_all_of_it(
         finish(spool)
     assert spool.num_sent == 0
     server.start()
-    seen = {registry.send(open_folder(str(spool.folder)))}
+    seen = {registry.send(open_folder(str(spool.folder)), Silent())}
     assert_no_slower("down at start", timed, healthy)
     assert_all_is_there_once(server, "down", seen)
 
@@ -361,12 +361,14 @@ def _no_uri_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_no_uri_stays")
-def test_a_model_whose_registration_has_no_answers_is_registered_once(server: Server, tmp_path: Path) -> None:
+def test_a_model_whose_registration_has_no_answers_is_registered_once(
+    server: Server, few_digits: Path, tmp_path: Path
+) -> None:
     """Each write is lost once: the logged model, its end, the name, the version and the alias."""
-    recipe = digits_recipe(tmp_path, "random", **{"registry.model": "outages", "registry.first": "promote"})
+    recipe = digits_recipe(few_digits, "random", **{"registry.model": "outages", "output.dir": str(tmp_path)})
     losing = LosingAnswers(
         *("mlflow/logged-models", "outputs", "PATCH"),
-        *("registered-models/create", "model-versions/create", "registered-models/alias"),
+        *("registered-models/create", "model-versions/create", "registered-models/alias", "registered-models/set-tag"),
     )
 
     def rule(number: int, method: str, path: str) -> str:
@@ -374,15 +376,20 @@ def test_a_model_whose_registration_has_no_answers_is_registered_once(server: Se
 
     with Proxy(server.uri, rule) as proxy:
         spool, folder = new_spool(tmp_path / "run", proxy.url, "model"), open_folder(str(tmp_path / "run"))
-        save_entry(folder.store, "candidates/swa", {"model": models.build(recipe.model, 0).state_dict()}, {})
-        model = {"recipe": config.to_tree(recipe), "uri": proxy.url, "entry": "candidates/swa", "tags": {"attempt": 1}}
+        write_finished(folder, recipe)
+        model = {
+            "recipe": config.to_tree(recipe),
+            "uri": proxy.url,
+            "entry": "candidates/swa",
+            "tags": {"attempt": 1, "verdict": "-"},
+        }
         spool.append({"kind": "model", **model}, {"kind": "status", "status": "FINISHED", "time_ms": END_MS})
         sends = 0
         while spool.waiting():
             sends += 1
             assert sends < 10, losing.times
             with contextlib.suppress(ServiceError):
-                registry.send(folder)
+                registry.send(folder, Silent())
     client = mlflow.MlflowClient(server.uri, registry_uri=server.uri)
     (run,) = runs_in(server, "model")
     (version,) = client.search_model_versions("name = 'outages'")
