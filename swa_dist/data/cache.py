@@ -66,20 +66,21 @@ class Cache:
 
     def _put(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Written under the lock: an eviction that counts sees each file either not at all or in the account too.
         with self._accounts() as used:
             if used[0] + len(content) > self._max_bytes:
                 used[0] = self._evict()
             if used[0] + len(content) > self._max_bytes:
                 self._closed = True
                 return
+            staged = path.with_name(f"{STAGING}{path.name}-{os.getpid()}-{threading.get_ident()}")
+            try:
+                staged.write_bytes(content)
+                staged.replace(path)
+            except OSError:
+                staged.unlink(missing_ok=True)
+                raise
             used[0] += len(content)
-        staged = path.with_name(f"{STAGING}{path.name}-{os.getpid()}-{threading.get_ident()}")
-        try:
-            staged.write_bytes(content)
-            staged.replace(path)
-        except OSError:
-            staged.unlink(missing_ok=True)
-            raise
 
     def _path(self, name: str) -> Path:
         digest = hashlib.sha256(name.encode()).hexdigest()[:40]

@@ -172,9 +172,11 @@ class Holder:
         self._note(self._entry(found, kind, version, found.previous, who, why))
 
     def tag(self, version: str, tags: dict[str, str]) -> None:
+        there = self._client.get_model_version(self._name, version).tags
         for tag, value in tags.items():
-            self._check()
-            self._client.set_model_version_tag(self._name, version, tag, value)
+            if there.get(tag) != value:
+                self._check()
+                self._client.set_model_version_tag(self._name, version, tag, value)
 
     def _entry(
         self, found: Aliases, kind: Kind, version: str | None, previous: str | None, who: str, why: str
@@ -194,7 +196,8 @@ class Holder:
         )
 
     def _carry_out(self, entry: Entry) -> None:
-        """What the entry says, which may be so already in part; each step does nothing the second time."""
+        """What the entry says, which may be so already in part. What is so is not written again: where a server's
+        answers are lost, each try gets further than the one before."""
         if entry.state == "begun" and entry.generation == self._generation:
             self._note(entry)
         self._set(PREVIOUS, entry.previous)
@@ -218,13 +221,18 @@ class Holder:
         }
 
     def _note(self, entry: Entry) -> None:
-        self._check()
-        self._client.set_registered_model_tag(self._name, entry.tag, json.dumps(asdict(entry)))
+        if entry not in look(self._client, self._name).journal:
+            self._check()
+            self._client.set_registered_model_tag(self._name, entry.tag, json.dumps(asdict(entry)))
 
     def _set(self, alias: str, version: str | None) -> None:
+        wanted = version if version is not None and self._exists(version) else None
+        there = self._client.get_registered_model(self._name).aliases.get(alias)
+        if wanted == (None if there is None else str(there)):
+            return
         self._check()
-        if version is not None and self._exists(version):
-            self._client.set_registered_model_alias(self._name, alias, version)
+        if wanted is not None:
+            self._client.set_registered_model_alias(self._name, alias, wanted)
         else:
             self._client.delete_registered_model_alias(self._name, alias)
 

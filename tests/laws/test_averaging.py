@@ -12,6 +12,7 @@ from swa_dist.errors import NumericsError
 from swa_dist.method.averaging import WeightAverage
 
 EPS = np.finfo(np.float32).eps
+TINY = np.finfo(np.float32).smallest_normal  # below it float32's spacing is the same everywhere
 
 
 def network(values: np.ndarray) -> nn.Module:
@@ -40,16 +41,21 @@ def averaged(values: list[np.ndarray], first_id: int = 0) -> WeightAverage:
 
 
 def errors(average: WeightAverage, values: list[np.ndarray]) -> np.ndarray:
-    """Distance of each element from the float64 mean, in eps(float32) of the largest iterate."""
+    """Distance of each element from the float64 mean, in eps(float32) of the largest iterate or of `TINY`."""
     exact = np.mean(np.array(values, dtype=np.float64), axis=0)
-    scale = np.abs(values).max(axis=0) * EPS
+    scale = np.maximum(np.abs(values).max(axis=0), TINY) * EPS
     mean = average.mean()["layer.weight"].numpy()[0].astype(np.float64)
-    return np.abs(mean - exact) / np.where(scale > 0, scale, 1)
+    return np.abs(mean - exact) / scale
 
 
 @given(iterates)
 def test_mean_is_within_4_eps_of_the_float64_mean(values: list[np.ndarray]) -> None:
     assert errors(averaged(values), values).max() <= 4
+
+
+def test_the_mean_of_numbers_below_float32s_normal_range_is_within_its_spacing_there() -> None:
+    values = [np.zeros(5), np.full(5, 2.0**-149)]
+    assert errors(averaged(values), values).max() <= 1
 
 
 @given(iterates, st.data())

@@ -19,6 +19,7 @@ import pytest
 from swa_dist import config
 from swa_dist.service import registry, result, retention, tracking
 from swa_dist.service.layout import ATTEMPT, RECIPE, SUMMARY, lease_url
+from swa_dist.service.progress import Silent
 from swa_dist.service.spool import SPOOL_FILES, Target
 from swa_dist.storage.folder import is_s3, join, open_folder, set_aside
 from swa_dist.storage.s3 import Prefix
@@ -431,7 +432,7 @@ class Silent:
     def say(self, line):
         pass
 
-retention.registry.is_aliased = lambda *which: False  # which writes nothing, and is asked in the tests above
+retention.versions.is_aliased = lambda *which: False  # which writes nothing, and is asked in the tests above
 print("ready", flush=True)
 for line in sys.stdin:
     recipe, url, moment = line.split()
@@ -589,10 +590,10 @@ def told(place):
     summary = folder.read_json(SUMMARY) | {"verdict": {"sentence": "It is better."}, "run_dir": folder.url}
     spool.append(row, {"kind": "status", "status": "FINISHED", "time_ms": 1_764_000_000_001})
     folder.write("registered.json", json.dumps(summary["registered"]))
-    summary["mlflow"]["run_id"] = registry.send(folder)
+    summary["mlflow"]["run_id"] = registry.send(folder, Silent())
     folder.write(SUMMARY, json.dumps(summary))
     spool.append({"kind": "artifact", "name": SUMMARY})
-    registry.send(folder)
+    registry.send(folder, Silent())
     return own, summary["mlflow"]["run_id"]
 
 
