@@ -14,6 +14,7 @@ import safetensors.torch
 import torchvision.models
 from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from swa_dist import config, models
 from swa_dist.config import Recipe
@@ -88,6 +89,7 @@ def register(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Pat
     recipe = config.from_tree(event["recipe"])
     name = recipe.registry.model
     version = _existing_version(client, name, run_id) or _create_version(client, run_id, recipe, folder, event, display)
+    _link(client, run_id, name, version)
     found = champion.look(client, name)
     if found.champion != version and int(found.challenger or 0) < int(version):
         client.set_registered_model_alias(name, CHALLENGER, version)
@@ -186,6 +188,14 @@ def _logged_model(client: mlflow.MlflowClient, run_id: str) -> str | None:
         if model.model_id not in whole:
             client.delete_logged_model(model.model_id)
     return str(whole[0]) if whole else None
+
+
+def _link(client: mlflow.MlflowClient, run_id: str, name: str, version: str) -> None:
+    """Have MLflow's pages lead from the run and its logged model to the version, as `mlflow.register_model` does."""
+    model_id = _logged_model(client, run_id)
+    link = json.dumps([{"name": name, "version": int(version)}])
+    if model_id and client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS) != link:
+        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: link})
 
 
 def _existing_version(client: mlflow.MlflowClient, name: str, run_id: str) -> str | None:

@@ -1,6 +1,7 @@
 """MLflow is away in every way that it can be: no step of a run waits for it, and in the end it has all of it once."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -395,7 +396,8 @@ def test_a_model_whose_registration_has_no_answers_is_registered_once(
     (version,) = client.search_model_versions("name = 'outages'")
     assert (version.run_id, version.aliases or ["champion"]) == (run.info.run_id, ["champion"])
     (logged,) = client.search_logged_models([run.info.experiment_id])
-    assert version.model_id == logged.model_id
+    assert version.source == logged.artifact_location
+    assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": "outages", "version": 1}]
     assert str(client.get_model_version_by_alias("outages", "champion").version) == version.version == "1"
     assert (run.info.status, run.info.end_time) == ("FINISHED", END_MS)
     assert (folder.read_json(registry.REGISTERED) or {})["champion"]
