@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import requests
 
@@ -19,7 +18,7 @@ from swa_dist import config
 from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.files import files_at
-from swa_dist.service import identity
+from swa_dist.service import identity, mlflow_refusals
 
 _TIMEOUT_SECONDS = 10
 _MOST_SKEW_SECONDS = 60.0
@@ -117,12 +116,9 @@ def _mlflow_remedy(uri: str, answer: requests.Response) -> str:
     """What to do about an answer that is none of MLflow's."""
     if answer.ok:
         return "It may be a login page or another service: look at the address."
-    if answer.status_code == 401:
-        return "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
-    if answer.status_code == 403 and "Invalid Host header" in answer.text:
-        return f"It guards its host name: start it with --allowed-hosts {urlsplit(uri).netloc}."
-    if answer.status_code == 403:
-        return "Grant this user the right to read and write experiments."
+    refused = mlflow_refusals.remedy(uri, answer.status_code, answer.text)
+    if refused is not None:
+        return refused
     if answer.status_code >= 500 and _ask_mlflow(uri, "/health", {}).ok:
         return "Its /health is fine: look at its database, and at its log."
     return "Look at the address, and at the server's log."

@@ -20,8 +20,10 @@ import mlflow.data
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
 
 from swa_dist.errors import ServiceError, SwaDistError
+from swa_dist.service import mlflow_refusals
 from swa_dist.service.progress import Display
 from swa_dist.service.spool import Event, Spool, Target
 from swa_dist.training.state import Row
@@ -190,6 +192,12 @@ def patiently(ask: Callable[[], T]) -> T:
 
 def unanswered(uri: str, error: Exception) -> ServiceError:
     reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    if isinstance(error, MlflowException):
+        remedy = mlflow_refusals.remedy(uri, error.get_http_status_code(), str(error))
+    else:
+        remedy = None
+    if remedy is not None:
+        return ServiceError(f"MLflow at {uri} must do what is asked, but refuses: {reason}. {remedy}")
     return ServiceError(f"MLflow at {uri} must answer, but does not: {reason}.")
 
 

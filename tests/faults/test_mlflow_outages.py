@@ -2,10 +2,7 @@
 
 import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +20,7 @@ from swa_dist.service.progress import Silent
 from swa_dist.service.spool import Spool, Target
 from swa_dist.service.tracking import SpoolTracker
 from swa_dist.storage.folder import open_folder
-from tests.support import Proxy, digits_recipe, free_port, wait_for_port, write_finished
+from tests.support import MlflowServer, Proxy, digits_recipe, write_finished
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -33,52 +30,14 @@ LONGEST_STEP_SECONDS = 2.0
 END_MS = 1_764_000_999_000
 
 
-class Server:
-    """A real MLflow server on loopback, which can be ended and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        if self._process is not None:
-            return
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-                *("--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"),
-                *("--artifacts-destination", str(self._folder / "artifacts")),
-            ],
-            cwd=self._folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        wait_for_port(self.port, self._process)
-
-    def signal(self, number: int) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        if self._process is not None:
-            self._process.wait()
-        self._process = None
-
-
 @pytest.fixture(scope="module")
-def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("mlflow-server"))
-    made.start()
-    yield made
-    made.kill()
+def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with MlflowServer(tmp_path_factory.mktemp("mlflow-server")) as made:
+        yield made
 
 
 @pytest.fixture
-def server(one_server: Server) -> Iterator[Server]:
+def server(one_server: MlflowServer) -> Iterator[MlflowServer]:
     """It runs, whatever the test before this did to it."""
     one_server.start()
     yield one_server
@@ -162,7 +121,7 @@ def train(tracker: SpoolTracker, at: Callable[[int], None]) -> Timed:
     return Timed(max(steps), sum(steps))
 
 
-def runs_in(server: Server, experiment: str) -> list[Any]:
+def runs_in(server: MlflowServer, experiment: str) -> list[Any]:
     client = mlflow.MlflowClient(server.uri)
     found = client.get_experiment_by_name(experiment)
     return list(client.search_runs([found.experiment_id])) if found else []
@@ -175,7 +134,7 @@ def wait_until(done: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def assert_all_is_there_once(server: Server, experiment: str, seen: set[str]) -> None:
+def assert_all_is_there_once(server: MlflowServer, experiment: str, seen: set[str]) -> None:
     client = mlflow.MlflowClient(server.uri)
     (run,) = runs_in(server, experiment)
     assert seen <= {run.info.run_id}
@@ -190,7 +149,7 @@ def assert_all_is_there_once(server: Server, experiment: str, seen: set[str]) ->
 
 
 @pytest.fixture(scope="module")
-def healthy(one_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Timed:
+def healthy(one_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Timed:
     """The same steps with a server that answers."""
     one_server.start()
     tracker = SpoolTracker(new_spool(tmp_path_factory.mktemp("healthy") / "run", one_server.uri, "healthy"), Said())
@@ -199,7 +158,7 @@ def healthy(one_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Tim
     return timed
 
 
-ERROR_500 = "500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
+ERROR_500 = "500 Internal MlflowServer Error\r\nContent-Length: 0\r\n\r\n"
 ERROR_403 = "403 Forbidden\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -241,7 +200,7 @@ def assert_no_slower(name: str, timed: Timed, healthy: Timed) -> None:
 
 
 def test_a_server_that_comes_up_after_the_training_gets_all_of_it(
-    server: Server, healthy: Timed, tmp_path: Path
+    server: MlflowServer, healthy: Timed, tmp_path: Path
 ) -> None:
     server.kill()
     spool, said = new_spool(tmp_path / "run", server.uri, "down"), Said()
@@ -260,7 +219,7 @@ def test_a_server_that_comes_up_after_the_training_gets_all_of_it(
 
 @pytest.mark.parametrize("outage", ["killed", "stopped", "500", "403"])
 def test_an_outage_in_the_middle_is_caught_up_with_by_the_thread_itself(
-    server: Server, healthy: Timed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outage: str
+    server: MlflowServer, healthy: Timed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outage: str
 ) -> None:
     answer = [""]
     with Proxy(server.uri, lambda number, method, path: answer[0]) as proxy:
@@ -293,7 +252,7 @@ def test_an_outage_in_the_middle_is_caught_up_with_by_the_thread_itself(
 
 
 def test_a_server_that_takes_ten_seconds_an_answer_delays_nothing_and_its_thread_can_be_left(
-    server: Server, healthy: Timed, tmp_path: Path
+    server: MlflowServer, healthy: Timed, tmp_path: Path
 ) -> None:
     slow = threading.Event()
     slow.set()
@@ -335,7 +294,7 @@ class LosingAnswers:
         return ""
 
 
-def test_writes_whose_answers_are_lost_are_done_once(server: Server, healthy: Timed, tmp_path: Path) -> None:
+def test_writes_whose_answers_are_lost_are_done_once(server: MlflowServer, healthy: Timed, tmp_path: Path) -> None:
     kinds = ("experiments/create", "runs/create", "runs/log-batch", "runs/log-inputs", "runs/update", "recipe.yaml")
     losing = LosingAnswers(*kinds)
     with Proxy(server.uri, losing) as proxy:
@@ -363,7 +322,7 @@ def _no_uri_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_no_uri_stays")
 def test_a_model_whose_registration_has_no_answers_is_registered_once(
-    server: Server, few_digits: Path, tmp_path: Path
+    server: MlflowServer, few_digits: Path, tmp_path: Path
 ) -> None:
     """Each write is lost once: the logged model, its end, the name, the version and the alias."""
     recipe = digits_recipe(few_digits, "random", **{"registry.model": "outages", "output.dir": str(tmp_path)})

@@ -1,7 +1,6 @@
 """The same recipe without Ray: under torchrun and in one process, stopped, and with MLflow away."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 
 from swa_dist import config
 from tests.service.forked import start, swa_dist
-from tests.support import command, free_port, wait_for_port
+from tests.support import MlflowServer, command
 
 
 def settings(digits: Path, weights: Path, **fields: Any) -> list[str]:
@@ -93,15 +92,11 @@ def test_sigterm_saves_the_state_and_the_same_command_resumes(
     assert json.loads(attempt.read_text()) == {"attempt": 2, "first_attempt": 1}
 
 
-@pytest.fixture
-def port() -> int:
-    return free_port()
-
-
 def test_mlflow_away_the_run_goes_on_and_replay_or_the_same_command_delivers(
-    few_digits: Path, start_weights: Path, tmp_path: Path, port: int
+    few_digits: Path, start_weights: Path, tmp_path: Path
 ) -> None:
-    uri = f"http://127.0.0.1:{port}"
+    server = MlflowServer(tmp_path)
+    uri = server.uri
     same = settings(few_digits, start_weights, **{"tracking.uri": uri})
     result, again = swa_dist(*same, cwd=tmp_path), swa_dist(*same, cwd=tmp_path)
     (folder,) = tmp_path.glob("runs/swa-*")
@@ -119,20 +114,7 @@ def test_mlflow_away_the_run_goes_on_and_replay_or_the_same_command_delivers(
     assert summary_in(tmp_path)["registered"] is None
     # What waits belongs to the folder, wherever that is; and a copy of it that sends the same doubles nothing.
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))
-    server = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"),
-            *("--artifacts-destination", str(tmp_path / "artifacts")),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # eight processes that nothing here needs
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_for_port(port, server)
+    with server:
         for _ in range(2):  # the second has nothing left to do
             delivered = swa_dist("replay", str(moved), cwd=tmp_path)
             assert delivered.returncode == 0, delivered.stderr
@@ -152,6 +134,3 @@ def test_mlflow_away_the_run_goes_on_and_replay_or_the_same_command_delivers(
         assert {a.path for a in client.list_artifacts(run.info.run_id)} == artifacts
         recipe = config.flatten(config.to_tree(config.load(folder / "recipe.yaml")))
         assert run.data.params == {name: str(value) for name, value in recipe.items()}
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)

@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -25,7 +24,7 @@ from swa_dist.data import index
 from swa_dist.data.scan import scan
 from swa_dist.service import doctor, doctor_storage
 from swa_dist.storage.s3 import Prefix
-from tests.support import JOBS, free_port, wait_for_port
+from tests.support import JOBS, MlflowServer, free_port
 
 CANARIES = {
     "AWS_SECRET_ACCESS_KEY": "canary-of-s3",
@@ -382,32 +381,14 @@ def test_a_clock_that_is_off_is_a_warning(find, answering, tmp_path):
 
 
 def test_a_real_mlflow_server_answers_its_own_host_and_refuses_others(find, tmp_path):
-    port = free_port()
-    arguments = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--allowed-hosts", f"localhost:{port}"),
-    ]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            arguments,
-            cwd=tmp_path,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # eight processes that nothing here needs
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        wait_for_port(port, server)
+    with MlflowServer(tmp_path, "--allowed-hosts", "localhost:*") as server:
         known, foreign = (
-            find("MLflow", recipe_of(tmp_path, **{"tracking.uri": f"http://{host}:{port}"}))
+            find("MLflow", recipe_of(tmp_path, **{"tracking.uri": f"http://{host}:{server.port}"}))
             for host in ("localhost", "127.0.0.1")
         )
-        assert known.state == "ok", known
-        assert (foreign.state, "403" in foreign.found) == ("broken", True), foreign
-        assert f"--allowed-hosts 127.0.0.1:{port}" in foreign.remedy
-    finally:
-        os.killpg(server.pid, 9)
-        server.wait()
+    assert known.state == "ok", known
+    assert (foreign.state, "403" in foreign.found) == ("broken", True), foreign
+    assert f"--allowed-hosts 127.0.0.1:{server.port}" in foreign.remedy
 
 
 def bucket_finding(find, tmp_path, url):
