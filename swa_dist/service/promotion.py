@@ -212,7 +212,8 @@ class Gatekeeper:
             )
         data = {"data.val": mine.recipe.data.val, "data.val_labels": mine.recipe.data.val_labels}
         recipe = config.replace(theirs.recipe, **data)
-        return standalone.outcomes_of(folder / logged_model.WEIGHTS, val, recipe, self.display)
+        model = standalone.loaded(folder / logged_model.WEIGHTS, recipe)
+        return standalone.outcomes_of(model, val, recipe, self.display)
 
     def _carry_out(self, ruling: Ruling, found: champion.Aliases, held: Holder) -> bool:
         """Write the ruling down and do it; False where it is of a champion that is none any more."""

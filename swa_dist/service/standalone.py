@@ -37,16 +37,27 @@ def recipe_beside(weights: Path) -> Path:
 
 def evaluate_file(weights: Path, data: str, recipe: Recipe, display: Display) -> dict[str, Any]:
     """The metrics of the weights on a folder of class folders, as a run with this recipe would find them."""
-    outcomes = outcomes_of(weights, _scanned(data, recipe, display), recipe, display)
+    model = loaded(weights, recipe)  # before the images, which may take minutes to list
+    outcomes = outcomes_of(model, _scanned(data, recipe, display), recipe, display)
     return {"weights": str(weights), "data": data, "num_images": len(outcomes.ids)} | outcomes.metrics()
 
 
-def outcomes_of(weights: Path, images: Index, recipe: Recipe, display: Display) -> Outcomes:
-    """What the weights make of each image, as a run with this recipe would find it."""
+def loaded(weights: Path, recipe: Recipe) -> nn.Module:
+    """The recipe's network with the weights of a file. Raises ConfigError and CheckpointError."""
+    if not weights.is_file():
+        raise ConfigError(f"`MODEL` must be a weights file, but {weights} does not exist.")
+    local = config.replace(recipe, **{"model.weights": str(weights), "model.head": "keep"})
+    model = models.build(local.model, local.seed)
+    models.load(model, local.model)
+    return model
+
+
+def outcomes_of(model: nn.Module, images: Index, recipe: Recipe, display: Display) -> Outcomes:
+    """What the network makes of each image, as a run with this recipe would find it."""
     world = _world()
-    model, loaders = _opened(weights, images, recipe, world, display)
+    loaders = _loaders(images, recipe, world, display)
     return evaluate(
-        model,
+        model.to(world.device),
         loaders.validation(),
         loaders.num_val,
         recipe,
@@ -64,7 +75,8 @@ def recalibrate_file(weights: Path, data: str, out: Path, recipe: Recipe, displa
     except OutputError as error:
         raise OutputError(f"`--out` must be where files can be written, but {out} is not: {error}") from None
     world = _world()
-    model, loaders = _opened(weights, _scanned(data, recipe, display), recipe, world, display)
+    model = loaded(weights, recipe).to(world.device)
+    loaders = _loaders(_scanned(data, recipe, display), recipe, world, display)
     check_groups(most_images(recipe.recalibrate, loaders.num_train), recipe.data.group_images)
     report = recalibrate_as(recipe, model, loaders, world, functools.partial(display.progress, "recalibrate"))
     if report.num_layers == 0:
@@ -81,20 +93,13 @@ def _scanned(data: str, recipe: Recipe, display: Display) -> Index:
     return scan(absolute(data), "DATA", functools.partial(display.progress, "index"), labels=recipe.data.val_labels)
 
 
-def _opened(
-    weights: Path, images: Index, recipe: Recipe, world: SoloWorld, display: Display
-) -> tuple[nn.Module, DaliLoaders]:
-    if not weights.is_file():
-        raise ConfigError(f"`MODEL` must be a weights file, but {weights} does not exist.")
-    local = config.replace(recipe, **{"model.weights": str(weights), "model.head": "keep"})
-    model = models.build(local.model, local.seed)
-    models.load(model, local.model)
+def _loaders(images: Index, recipe: Recipe, world: SoloWorld, display: Display) -> DaliLoaders:
     if len(images.classes) != recipe.model.num_classes:
         raise DataError(
             f"`DATA` must have the {recipe.model.num_classes} classes of the model, but {images.root} has"
             f" {len(images.classes)}."
         )
-    loaders = DaliLoaders(
+    return DaliLoaders(
         images,
         images,
         recipe.data,
@@ -107,4 +112,3 @@ def _opened(
         ),
         warn=lambda message: display.say(f"warning: {message}"),
     )
-    return model.to(world.device), loaders

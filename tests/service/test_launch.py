@@ -130,7 +130,7 @@ def test_mlflow_away_the_run_goes_on_and_replay_or_the_same_command_delivers(
         assert len(client.search_model_versions("name = 'digits-resnet'")) == 1
         for one in (folder, moved):
             assert json.loads((one / "summary.json").read_text())["registered"]["champion"]
-        artifacts = {"recipe.yaml", "curves.png", "summary.json"}
+        artifacts = {"recipe.yaml", "curves.png", "summary.json", "promotion"}
         assert {a.path for a in client.list_artifacts(run.info.run_id)} == artifacts
         recipe = config.flatten(config.to_tree(config.load(folder / "recipe.yaml")))
         assert run.data.params == {name: str(value) for name, value in recipe.items()}

@@ -240,7 +240,7 @@ def test_a_champion_that_was_scored_on_other_images_is_scored_on_these(place, di
     place.promoted(name, place.scored(900))
     val = scan(str(few_digits / "val"), "data.val")
     weights = place.base / logged_model.FILES / logged_model.WEIGHTS
-    truth = standalone.outcomes_of(weights, val, place.recipe, Said())
+    truth = standalone.outcomes_of(standalone.loaded(weights, place.recipe), val, place.recipe, Said())
     right = np.ones(len(val), dtype=bool)
     mine = place.scored(
         900,
