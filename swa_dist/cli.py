@@ -133,17 +133,22 @@ def promote(
 ) -> None:
     """Compare a version with @champion on the same images, and put it in its place if the rules of its recipe hold.
 
-    Ends with 10 if they don't. @champion then becomes @previous.
+    Ends with 10 if they don't, with 0 if there is none to compare. @champion then becomes @previous.
     """
     from swa_dist.service import promotion
 
     place = _tracking_uri(uri)
 
-    def work(display: "Display") -> "Ruling":
+    def work(display: "Display") -> "Ruling | None":
         keeper = promotion.gatekeeper(place, name, display)
-        return keeper.promote(promotion.which_version(place, name, version), tuple(overrides or ()))
+        which = keeper.challenger if version is None else promotion.which_version(place, name, version)
+        return None if which is None else keeper.promote(which, tuple(overrides or ()))
 
     ruling = _shown(work, quiet=as_json)
+    if ruling is None:
+        nothing = {"name": name, "status": "no challenger"}
+        print(json.dumps(nothing, indent=1) if as_json else f"{name} has no @challenger: there is nothing to promote")
+        return
     print(json.dumps(ruling.facts(), indent=1) if as_json else promotion.text(ruling))
     if not ruling.is_champion:
         sys.exit(ExitCode.GATE_REJECTED)

@@ -12,16 +12,17 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import mlflow
 from mlflow.exceptions import MlflowException
 
-from swa_dist.errors import BusyError, ConfigError
+from swa_dist.errors import BusyError, CheckpointError, ConfigError
 from swa_dist.storage import lease
 from swa_dist.storage.folder import is_s3
 
@@ -33,7 +34,8 @@ _JOURNAL = "swa.journal."
 _WAIT_SECONDS = 300.0
 _POLL_SECONDS = 0.5
 _TRIES = 10
-_WHY_CHARACTERS = 2000
+_WHY_CHARACTERS = 2000  # MLflow's databases hold 5,000 in a tag
+_LATE = timedelta(hours=1)  # after which a paused process is taken for gone
 
 T = TypeVar("T")
 
@@ -61,6 +63,7 @@ class Entry:
     state: Literal["begun", "done", "given up"] = "done"
     ended_by: int = 0
     """The generation of the lease under which it was carried out."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:6])
 
     @property
     def is_change(self) -> bool:
@@ -73,8 +76,8 @@ class Entry:
 
     @property
     def tag(self) -> str:
-        # With the generation, a process that lost its lease can't overwrite what another wrote.
-        return f"{_JOURNAL}{self.number:06d}-{self.generation:06d}"
+        # With the id, nobody overwrites what another wrote, not even where the lease's file was lost or isn't shared.
+        return f"{_JOURNAL}{self.number:06d}-{self.generation:06d}-{self.id}"
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,28 @@ class Aliases:
 
 
 def look(client: mlflow.MlflowClient, name: str) -> Aliases:
-    """The aliases and the journal as they are now, half-done changes and all."""
+    """The aliases and the journal as they are now, half-done changes and all. Raises CheckpointError where a line of
+    the journal can't be read."""
     model = client.get_registered_model(name)
     found = {alias: str(version) for alias, version in model.aliases.items()}
-    journal = [Entry(**json.loads(text)) for tag, text in model.tags.items() if tag.startswith(_JOURNAL)]
+    journal = [_entry(name, tag, text) for tag, text in model.tags.items() if tag.startswith(_JOURNAL)]
     return Aliases(
         champion=found.get(CHAMPION),
         previous=found.get(PREVIOUS),
         challenger=found.get(CHALLENGER),
         journal=tuple(sorted(journal, key=lambda entry: (entry.number, entry.generation))),
     )
+
+
+def _entry(name: str, tag: str, text: str) -> Entry:
+    known = {one.name for one in fields(Entry)}
+    try:
+        return Entry(**{word: value for word, value in json.loads(text).items() if word in known})
+    except (ValueError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"the tag {tag} of {name} must be a line of its journal, but can't be read: it was changed from outside,"
+            " or by another version of swa_dist. Use that version, or remove the tag."
+        ) from None
 
 
 class Holder:
@@ -138,24 +153,31 @@ class Holder:
                 self._carry_out(last)
             else:  # it was deleted since
                 self._note(replace(last, state="given up", ended_by=self._generation))
+                if found.champion is None and last.before is not None and self._exists(last.before):
+                    self._set(CHAMPION, last.before)
             return self.settle()
         if found.champion != last.version:
-            if found.champion in self._stale(found):
-                self._say(f"{self._name}: @champion was version {found.champion} by a process that had lost its lease")
+            there = last.version is not None and self._exists(last.version)
+            if there and found.champion in self._late(found):
+                self._say(
+                    f"{self._name}: @champion was version {found.champion} by a process that had lost its lease; it is"
+                    f" version {last.version} again. If it was you, use `swa-dist rollback --to`."
+                )
                 self._carry_out(last)
             else:
                 self._say(f"{self._name}: @champion was moved by hand from version {last.version} to {found.champion}")
-                self._note(
-                    self._entry(found, "moved by hand", found.champion, found.previous, "unknown", "outside swa_dist")
-                )
+                previous = last.version if there else found.previous
+                self._note(self._entry(found, "moved by hand", found.champion, previous, "unknown", "outside swa_dist"))
             return self.settle()
         if found.previous != last.previous and (last.previous is None or self._exists(last.previous)):
             self._carry_out(last)
         return look(self._client, self._name)
 
     def change(self, kind: Kind, version: str, previous: str | None, who: str, why: str) -> Entry:
-        """Make `version` @champion and `previous` @previous. After `settle`. Raises BusyError where @champion was moved
-        meanwhile."""
+        """Make `version` @champion and `previous` @previous. After `settle`. Raises ConfigError where there is no such
+        version, and BusyError where @champion was moved meanwhile."""
+        if not self._exists(version):
+            raise ConfigError(f"version {version} of {self._name} must exist, but was deleted meanwhile.")
         entry = self._entry(look(self._client, self._name), kind, version, previous, who, why)
         self._carry_out(replace(entry, state="begun", ended_by=0))
         found = look(self._client, self._name)
@@ -170,6 +192,12 @@ class Holder:
         """Write down that a version did not become @champion."""
         found = look(self._client, self._name)
         self._note(self._entry(found, kind, version, found.previous, who, why))
+
+    def challenge(self, version: str) -> None:
+        """Make a version @challenger, unless a newer one is, or it is @champion."""
+        found = look(self._client, self._name)
+        if found.champion != version and int(found.challenger or 0) < int(version):
+            self._set(CHALLENGER, version)
 
     def tag(self, version: str, tags: dict[str, str]) -> None:
         there = self._client.get_model_version(self._name, version).tags
@@ -211,22 +239,28 @@ class Holder:
             self._note(replace(entry, state="done", ended_by=self._generation))
         self._check()
 
-    def _stale(self, found: Aliases) -> set[str | None]:
+    def _late(self, found: Aliases) -> set[str | None]:
         """Versions that a process may have made @champion after it had lost its lease: of changes that it did not end
-        itself."""
+        itself, and that were begun not long ago. Whoever moves @champion to another, or later, means it."""
+        since = (datetime.now(UTC) - _LATE).isoformat(timespec="seconds")
         return {
             entry.version
             for entry in found.journal
-            if entry.is_change and entry.version and (entry.state != "done" or entry.ended_by != entry.generation)
+            if entry.is_change
+            and entry.version
+            and entry.when > since
+            and (entry.state != "done" or entry.ended_by != entry.generation)
         }
 
     def _note(self, entry: Entry) -> None:
         if entry not in look(self._client, self._name).journal:
             self._check()
-            self._client.set_registered_model_tag(self._name, entry.tag, json.dumps(asdict(entry)))
+            self._client.set_registered_model_tag(self._name, entry.tag, _text(entry))
 
     def _set(self, alias: str, version: str | None) -> None:
         wanted = version if version is not None and self._exists(version) else None
+        if alias == CHAMPION and wanted != version:
+            raise ConfigError(f"version {version} of {self._name} must exist, but was deleted meanwhile.")
         there = self._client.get_registered_model(self._name).aliases.get(alias)
         if wanted == (None if there is None else str(there)):
             return
@@ -260,7 +294,17 @@ def holding(client: mlflow.MlflowClient, name: str, say: Callable[[str], None]) 
     register, what = lease.register(url), f"promotion of {name}"
     with contextlib.ExitStack() as stack:
         held = _patiently(lambda: stack.enter_context(lease.hold(register, what, say)), what, say)
-        yield Holder(client, name, held.generation, lease.guard(register, what, held.generation), say)
+        check = lease.guard(register, what, held.generation)
+        latest = max((entry.generation for entry in look(client, name).journal), default=0)
+        if latest >= held.generation:
+            with contextlib.suppress(BusyError):  # another has taken it over already
+                check()
+                say(
+                    f"warning: {url} must be the lease of all who promote {name}, but others had another, or it was"
+                    f" removed. If it is on a disk of this machine alone, set the model's tag {LOCK} to a file that all"
+                    " can reach."
+                )
+        yield Holder(client, name, held.generation, check, say)
 
 
 def alone(client: mlflow.MlflowClient, name: str, say: Callable[[str], None], work: Callable[[Holder], T]) -> T:
@@ -277,17 +321,12 @@ def alone(client: mlflow.MlflowClient, name: str, say: Callable[[str], None], wo
     raise AssertionError("the last try returns or raises")
 
 
-def claim_lock(client: mlflow.MlflowClient, name: str, wanted: str, *, given: bool) -> None:
-    """Have a model that has no place for its lease keep it at `wanted`. `given`: a person named it; ConfigError where
-    the model's is another."""
-    kept = client.get_registered_model(name).tags.get(LOCK)
+def claim_lock(client: mlflow.MlflowClient, name: str, wanted: str) -> str:
+    """Where the model's lease is: at `wanted`, unless it has been elsewhere before."""
+    kept: str | None = client.get_registered_model(name).tags.get(LOCK)
     if kept is None:
         client.set_registered_model_tag(name, LOCK, wanted)
-    elif given and kept != wanted:
-        raise ConfigError(
-            f"`registry.lock_url` must be {kept}, where the lease of {name} is since its first version, but is"
-            f" {wanted}. Leave it `auto`, or, while nothing runs, change the model's tag {LOCK}."
-        )
+    return kept or wanted
 
 
 def this_person() -> str:
@@ -315,3 +354,7 @@ def _patiently(take: Callable[[], lease.Lease], what: str, say: Callable[[str], 
 
 def _what(entry: Entry) -> str:
     return f"version {entry.version} as @champion instead of {entry.before or 'none'}"
+
+
+def _text(entry: Entry) -> str:
+    return json.dumps(asdict(entry), ensure_ascii=False)

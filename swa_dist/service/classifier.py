@@ -16,6 +16,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import urllib.request
 from collections.abc import Sequence, Sized
@@ -27,15 +28,16 @@ import mlflow
 import numpy as np
 import pandas as pd
 import torch
+import yaml  # type: ignore[import-untyped]
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-SERVE_PATHS = "SWA_DIST_SERVE_PATHS"
-"""Environment variable: `true` lets a server read what its clients' `path` columns name."""
-_SERVER = "__pyfunc_model_path__"  # in the environment of MLflow's scoring servers, and not in batch scoring
+READ_PATHS = "SWA_DIST_READ_PATHS"
+"""Environment variable: `true` lets the column `path` be read. On a server its clients would name files of the server
+and addresses in its network, and nothing tells here whether it is one."""
 
 _CHUNK = 32  # images in memory at a time
 _THREADS = 4  # each holds a decoded image, of up to _MAX_PIXELS
@@ -52,8 +54,9 @@ _STD = (0.229, 0.224, 0.225)
 
 class Classifier(PythonModel):  # type: ignore[misc]
     def load_context(self, context: PythonModelContext) -> None:
-        """Raises MlflowException where the program is not the one that was logged."""
+        """Raises MlflowException where the files are not those that were registered."""
         folder = Path(context.artifacts["model"])
+        _check_registered(folder.parents[1])
         self._facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         program = folder / "model.pt2"
         expected = self._facts["sha256"][program.name]
@@ -95,11 +98,11 @@ class Classifier(PythonModel):  # type: ignore[misc]
         if (image is None) == (path is None):
             which = "neither" if image is None else "both"
             raise _bad(number, f"must have either `image` or `path`, but has {which}. Set one of them")
-        if path is not None and _SERVER in os.environ and os.environ.get(SERVE_PATHS, "").lower() != "true":
+        if path is not None and os.environ.get(READ_PATHS, "").lower() != "true":
             raise _bad(
                 number,
-                "must have `image`, but has `path`, which this server doesn't read. Send the file's bytes in `image`,"
-                f" or start the server with {SERVE_PATHS}=true",
+                "must have `image`, but has `path`, which is not read unless it is allowed. Give the file's bytes in"
+                f" `image`, or start this with {READ_PATHS}=true in its environment",
             )
         try:
             content = image if path is None else _read(str(path))
@@ -111,6 +114,35 @@ class Classifier(PythonModel):  # type: ignore[misc]
             raise _bad(
                 number, f"must be a JPEG or PNG image, but is not ({_said(error)}). Leave it out or save it anew"
             ) from None
+
+
+def _check_registered(root: Path) -> None:
+    """Of a model that came from a registry: compare its files with the digest in the version's tag. Raises
+    MlflowException where they differ. A registry that can't be asked from here is not asked."""
+    origin = root / "registered_model_meta"  # MLflow's, where it downloads a version
+    if not origin.is_file() or not mlflow.is_tracking_uri_set():
+        return
+    named = yaml.safe_load(origin.read_text(encoding="utf-8"))
+    try:
+        tags = mlflow.MlflowClient().get_model_version(named["model_name"], named["model_version"]).tags
+    except Exception as error:
+        logging.getLogger(__name__).warning("the model's files were not compared with its registry's tag: %s", error)
+        return
+    stated = tags.get("model_sha256")
+    if stated is not None and stated != (found := digest(root)):
+        raise MlflowException(
+            f"the files of models:/{named['model_name']}/{named['model_version']} must have the SHA-256 in its tag,"
+            f" {stated[:12]}, but have {found[:12]}: they were changed since they were registered. Serve another one."
+        )
+
+
+def digest(root: Path) -> str:
+    """SHA-256 over the names and contents of the model's files, as swa_dist has it."""
+    names = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
+    ignored = ("artifacts/model/model_card.md", "registered_model_meta")
+    deciding = [name for name in sorted(names) if name not in ignored and "__pycache__" not in name]  # of this load
+    lines = [f"{hashlib.sha256(names[name].read_bytes()).hexdigest()}  {name}\n" for name in deciding]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def evaluation_transform(content: bytes, resize_size: int, image_size: int) -> Tensor:

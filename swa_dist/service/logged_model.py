@@ -35,14 +35,17 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
 from swa_dist.data.pixels import normalised
-from swa_dist.errors import CheckpointError
+from swa_dist.errors import CheckpointError, ServiceError
 from swa_dist.storage.files import sha256_file
 
 FILES = "artifacts/model"
 """The folder of a logged model's own files, within it."""
 PROGRAM, WEIGHTS, FACTS, CARD = "model.pt2", "model.safetensors", "facts.json", "model_card.md"
+MODEL_SHA256 = "model_sha256"
+"""Tag of a logged model, and of a version of it: `digest` of its files when they passed."""
 
 _CLASSIFIER = Path(__file__).with_name("classifier.py")
+_NOT_IN_DIGEST = (f"{FILES}/{CARD}", "registered_model_meta")  # as classifier.py has it
 _TOLERANCE = 1e-5  # of logits, absolute or relative, and of probabilities
 _BATCH = 3  # not the exported example's number of images
 _TOP_K = 5
@@ -105,6 +108,8 @@ def log(run_id: str, uri: str, contents: Contents) -> str:
                     " Look at MLflow's artifact store and log it again."
                 )
             check_round_trip(back, contents)
+        # Of what passed, so that whatever is changed from here on is found.
+        client.set_logged_model_tags(logged.model_id, {MODEL_SHA256: expected})
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     except BaseException:
@@ -115,17 +120,14 @@ def log(run_id: str, uri: str, contents: Contents) -> str:
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over names and contents of the files of a logged model in `folder` that decide what it does: all but
-    its card, and those that MLflow writes anew where it is downloaded. Raises CheckpointError where it is none."""
-    deciding = [folder / _CLASSIFIER.name, *(path for path in (folder / FILES).glob("*") if path.name != CARD)]
-    missing = [
-        path
-        for path in (deciding[0], *(folder / FILES / name for name in (PROGRAM, WEIGHTS, FACTS)))
-        if not path.is_file()
-    ]
+    """SHA-256 over names and contents of all files of a logged model in `folder`, but its card and the one that MLflow
+    adds where it downloads a version. Raises CheckpointError where it is none."""
+    needed = (_CLASSIFIER.name, "MLmodel", *(f"{FILES}/{name}" for name in (PROGRAM, WEIGHTS, FACTS)))
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(f"{folder} must be a logged model, but has no {missing[0].relative_to(folder)}.")
-    lines = sorted(f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in deciding)
+        raise CheckpointError(f"{folder} must be a logged model, but has no {missing[0]}.")
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    lines = [f"{sha256_file(names[name])}  {name}\n" for name in sorted(names) if name not in _NOT_IN_DIGEST]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -178,9 +180,15 @@ def _answers_elsewhere(folder: Path, images: Tensor, png: bytes) -> dict[str, An
         encoded = torch.frombuffer(bytearray(png), dtype=torch.uint8)
         safetensors.torch.save_file({"images": images, "png": encoded}, question)
         command = [sys.executable, "-m", "swa_dist.service.round_trip", str(folder), str(question), str(answer)]
-        ended = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
-        )
+        try:
+            ended = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise ServiceError(
+                f"the logged model must load in a new process, but has not within {_TIMEOUT_SECONDS} s. See what else"
+                " this machine does."
+            ) from None
         if ended.returncode:
             said = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
             raise CheckpointError(f"the logged model must load in a new process, but does not: {said}")
@@ -201,6 +209,7 @@ def _save(folder: Path, contents: Contents, model: Model) -> None:
                 (files / name).write_bytes(content)
         example = torch.zeros(2, 3, contents.image_size, contents.image_size)  # one image would fix the batch at one
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        program.example_inputs = None  # would be kept in a pickle
         torch.export.save(program, files / PROGRAM)
         facts = {
             "classes": contents.classes,

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import mlflow
 import numpy as np
@@ -20,11 +20,11 @@ from mlflow.exceptions import MlflowException
 from swa_dist import config
 from swa_dist.config import Recipe
 from swa_dist.data.order import Ints
-from swa_dist.errors import BusyError, ConfigError, DataError
+from swa_dist.errors import BusyError, ConfigError, DataError, ServiceError
 from swa_dist.evidence import gate
 from swa_dist.evidence.gate import Decision
 from swa_dist.service import champion, identity, logged_model, scored, standalone, tracking, versions
-from swa_dist.service.champion import CHALLENGER, Entry, Holder
+from swa_dist.service.champion import Entry, Holder
 from swa_dist.service.progress import Display
 from swa_dist.service.scored import Scored
 from swa_dist.training.evaluate import Outcomes
@@ -90,18 +90,36 @@ class Gatekeeper:
             if found.champion == version:
                 return Ruling(self.name, version, "champion already", "it is @champion already", version, None)
             ruling = self._rule(version, found, overrides)  # may take long: others are not kept out meanwhile
+            self._report(ruling)  # before what it leads to: a crash between leaves a report of what is looked at again
             if self._alone(functools.partial(self._carry_out, ruling, found)):
-                self._report(ruling)
                 return ruling
             self.display.say(f"@champion of {self.name} was moved meanwhile; looking again")
         raise BusyError(f"@champion of {self.name} must stay for a moment, but was moved {_TRIES} times. Try again.")
 
+    def challenge(self, version: str) -> None:
+        """Make the version @challenger, unless a newer one is."""
+        self._alone(lambda held: held.challenge(version))
+
+    def hold(self, version: str, why: str) -> Ruling:
+        """Leave the version to a person, and write down why."""
+        ruling = Ruling(self.name, version, "held", why, None, None)
+        self._alone(lambda held: self._carry_out(ruling, held.settle(), held))
+        return ruling
+
+    def ruled(self, version: str) -> Ruling | None:
+        """What was decided about the version before, if anything was, without its comparison."""
+        for entry in reversed(self._alone(lambda held: held.settle()).journal):
+            if entry.version == version and entry.state == "done" and entry.kind in ("promoted", "rejected", "held"):
+                return Ruling(self.name, version, cast(Status, entry.kind), entry.why, entry.before, None)
+        return None
+
     def rollback(self, to: str | None, reason: str) -> Entry:
         """Make another version @champion, whatever the evidence: @previous, or the version `to`."""
-        target = to or self._alone(lambda held: held.settle()).previous
+        seen = self._alone(lambda held: held.settle())
+        target = seen.previous if to is None else which_version(self.uri, self.name, to, "--to")
         if target is None:
             raise ConfigError(
-                f"`--to` must name a version, since {self.name} has no @previous. See `swa-dist history`."
+                f"`--to` must name a version, since {self.name} has no @previous. See `swa-dist history {self.name}`."
             )
         with tempfile.TemporaryDirectory() as scratch:
             versions.verified(self.uri, self.name, target, Path(scratch))
@@ -114,10 +132,22 @@ class Gatekeeper:
                 if begun and found.last_change is not None:  # another finished it for this process
                     return found.last_change
                 raise ConfigError(f"`--to` must be another version than @champion, but {target} is it.")
+            # The reason is about the @champion that the person saw.
+            if to is None and not begun and (found.champion, found.previous) != (seen.champion, seen.previous):
+                raise ConfigError(
+                    f"`--to` must be given, since @champion of {self.name} was moved from version {seen.champion} to"
+                    f" {found.champion} meanwhile. See `swa-dist history {self.name}`."
+                )
             begun = True
             return held.change("rolled back", target, _before(found, target), self.who, reason)
 
         return self._alone(carry_out)
+
+    @property
+    def challenger(self) -> str | None:
+        """The version that is @challenger, if any is."""
+        with versions.answering(self.uri):
+            return champion.look(self._client, self.name).challenger
 
     def history(self) -> tuple[Entry, ...]:
         with versions.answering(self.uri):
@@ -223,22 +253,25 @@ class Gatekeeper:
             return True  # another finished it for this process
         if now.champion != found.champion:
             return False
-        tags = {"gate": ruling.status, "gate_why": ruling.why, "gate_champion": ruling.over or "none"}
-        held.tag(ruling.version, tags)
         if ruling.status == "promoted":
             held.change("promoted", ruling.version, now.champion or now.previous, self.who, ruling.why)
         elif ruling.status in ("rejected", "held"):
             held.record(ruling.status, ruling.version, self.who, ruling.why)
+        tags = {"gate": ruling.status, "gate_why": ruling.why, "gate_champion": ruling.over or "none"}
+        held.tag(ruling.version, tags)
         return True
 
     def _report(self, ruling: Ruling) -> None:
-        """The ruling as files of the version's run."""
+        """The ruling as files of the version's run. Who may promote need not be one who may write there."""
         name = f"promotion/version-{ruling.version}"
         run_id = versions.version_of(self.uri, f"models:/{self.name}/{ruling.version}", "the version").run_id
-        with versions.answering(self.uri):
-            self._client.log_text(run_id, json.dumps(ruling.facts(), indent=1), f"{name}.json")
-            self._client.log_text(run_id, markdown(ruling), f"{name}.md")
-            self._client.set_tag(run_id, "swa.promotion", f"{ruling.status}: {ruling.why}")
+        try:
+            with versions.answering(self.uri):
+                self._client.log_text(run_id, json.dumps(ruling.facts(), indent=1), f"{name}.json")
+                self._client.log_text(run_id, markdown(ruling), f"{name}.md")
+                self._client.set_tag(run_id, "swa.promotion", f"{ruling.status}: {ruling.why}")
+        except ServiceError as error:
+            self.display.say(f"warning: the comparison is not among the files of the version's run: {error}")
 
 
 def gatekeeper(uri: str, name: str, display: Display) -> Gatekeeper:
@@ -249,16 +282,15 @@ def gatekeeper(uri: str, name: str, display: Display) -> Gatekeeper:
         try:
             versions.client_of(uri).get_registered_model(name)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise ConfigError(f"`NAME` must be a registered model at {uri}, but {name} is none.") from None
     return Gatekeeper(uri, name, display, champion.this_person())
 
 
-def which_version(uri: str, name: str, version: str | None) -> str:
-    """The version that a person means: a number, or @challenger. Raises ConfigError where there is none."""
-    address = f"models:/{name}/{version}" if version else f"models:/{name}@{CHALLENGER}"
-    return str(versions.version_of(uri, address, "`NAME`" if version is None else "`--version`").version)
+def which_version(uri: str, name: str, version: str, what: str = "--version") -> str:
+    """The number, as MLflow has it, of the version that a person named. Raises ConfigError where there is none."""
+    return str(versions.version_of(uri, f"models:/{name}/{version}", f"`{what}`").version)
 
 
 def text(ruling: Ruling) -> str:

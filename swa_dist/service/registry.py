@@ -2,9 +2,7 @@
 mlflow."""
 
 import contextlib
-import functools
 import json
-import tempfile
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,13 +19,13 @@ from swa_dist.config import Recipe
 from swa_dist.data import index
 from swa_dist.data.index import Index
 from swa_dist.errors import BusyError, CheckpointError, ServiceError, SwaDistError
-from swa_dist.service import champion, logged_model, model_card, scored, tracking, versions
-from swa_dist.service.champion import CHALLENGER
+from swa_dist.service import champion, logged_model, model_card, scored, tracking
 from swa_dist.service.layout import RECIPE, SUMMARY
+from swa_dist.service.logged_model import MODEL_SHA256
 from swa_dist.service.progress import Display, Silent
 from swa_dist.service.promotion import Gatekeeper, Ruling
 from swa_dist.service.spool import SPOOL_FILES, Event, Spool
-from swa_dist.service.versions import MODEL_SHA256, WEIGHTS_SHA256
+from swa_dist.service.versions import WEIGHTS_SHA256
 from swa_dist.storage.files import read_json, sha256_file, write_atomic
 from swa_dist.storage.folder import Folder, join
 from swa_dist.storage.store import DiskStore
@@ -76,41 +74,51 @@ def _send(folder: Folder, display: Display) -> str:
         if event["kind"] == "model":
             folder.store.open(event["entry"])
             folder.pull(REGISTERED, SUMMARY, RECIPE, _VAL)
-    run_id = tracking.send(spool, {"model": functools.partial(register, display=display)})
-    folder.push(REGISTERED)
-    return run_id
+
+    def handle(client: mlflow.MlflowClient, run_id: str, event: Event, local: Path) -> None:
+        if read_json(local / REGISTERED) is None:
+            ruling = register(client, run_id, event, local, display)
+            write_atomic(local / REGISTERED, json.dumps(ruling.facts(), indent=1))
+        folder.push(REGISTERED)  # before the event counts as sent: nothing would make it again
+
+    return tracking.send(spool, {"model": handle})
 
 
-def register(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Path, *, display: Display) -> None:
-    """Register the candidate of a spooled event, once, have the gate decide about it, and leave `registered.json` in
-    the run's folder."""
-    if read_json(folder / REGISTERED) is not None:
-        return
+def register(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Path, display: Display) -> Ruling:
+    """Register the candidate of a spooled event, once, and have the gate decide about it, once. `folder`: the run's,
+    on this machine."""
     recipe = config.from_tree(event["recipe"])
     name = recipe.registry.model
     version = _existing_version(client, name, run_id) or _create_version(client, run_id, recipe, folder, event, display)
     _link(client, run_id, name, version)
-    found = champion.look(client, name)
-    if found.champion != version and int(found.challenger or 0) < int(version):
-        client.set_registered_model_alias(name, CHALLENGER, version)
-    ruling = _rule(event["uri"], recipe, version, folder, display)
-    write_atomic(folder / REGISTERED, json.dumps(ruling.facts(), indent=1))
+    return _rule(event["uri"], recipe, version, folder, display)
 
 
 def _rule(uri: str, recipe: Recipe, version: str, folder: Path, display: Display) -> Ruling:
     """What becomes of the version. Where the gate can't decide, for whichever reason but an outage, it is held."""
     name = recipe.registry.model
-    held = functools.partial(Ruling, name, version, "held", over=None, decision=None)
-    if recipe.registry.promote == "hold":
-        return held(f"`registry.promote` is hold; when you see fit: swa-dist promote {name} --version {version}")
+    keeper = Gatekeeper(uri, name, display, f"the run {recipe.name} in {folder.name}")
     try:
-        return Gatekeeper(uri, name, display, f"the run {recipe.name} in {folder.name}").promote(version)
+        if (ruling := keeper.ruled(version)) is not None:  # before a crash; a person may have moved @champion since
+            return ruling
+        keeper.challenge(version)
+        if recipe.registry.promote == "hold":
+            return keeper.hold(
+                version, f"`registry.promote` is hold; when you see fit: swa-dist promote {name} --version {version}"
+            )
+        return keeper.promote(version)
     except BusyError as error:
         raise ServiceError(str(error)) from None
     except ServiceError:
         raise
-    except SwaDistError as error:
-        return held(f"it can't be compared: {error}")
+    except Exception as error:  # of the comparison: the images, the memory, a GPU
+        why = f"it can't be compared: {error}"
+    try:
+        return keeper.hold(version, why)
+    except ServiceError:
+        raise
+    except SwaDistError:  # as where the place of the lease can't be seen from here
+        return Ruling(name, version, "held", why, over=None, decision=None)
 
 
 def _create_version(
@@ -118,25 +126,30 @@ def _create_version(
 ) -> str:
     name, uri = recipe.registry.model, event["uri"]
     lock = recipe.registry.lock_url
-    given = lock != "auto"
-    wanted = lock if given else join(recipe.output.dir, f".{name}.registry.lease")
+    wanted = join(recipe.output.dir, f".{name}.registry.lease") if lock == "auto" else lock
     try:
         client.create_registered_model(name, tags={champion.LOCK: wanted}, description=_DESCRIPTION)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    champion.claim_lock(client, name, wanted, given=given)
+    kept = champion.claim_lock(client, name, wanted)
+    if lock not in ("auto", kept):
+        display.say(
+            f"warning: the lease of {name} stays at {kept}, where it was first, and not at {lock}, as the recipe's"
+            f" `registry.lock_url` has it. To move it, while nothing runs, change the model's tag {champion.LOCK}."
+        )
     weights = DiskStore(folder).open(event["entry"]) / "model.safetensors"
     contents = _contents(recipe, folder, event, weights)
     display.progress("register", 0, 1, "logging the model and loading it in a fresh process")
     model_id = _logged_model(client, run_id) or logged_model.log(run_id, uri, contents)
     display.progress("register", 1, 1)
     tags = {tag: str(value) for tag, value in event["tags"].items()}
-    tags |= {WEIGHTS_SHA256: sha256_file(weights), MODEL_SHA256: _digest(client, uri, model_id)}
+    logged = client.get_logged_model(model_id)
+    tags |= {WEIGHTS_SHA256: sha256_file(weights), MODEL_SHA256: logged.tags[MODEL_SHA256]}
     created = client.create_model_version(
         name,
         # Its place: an address models:/ID is looked up at MLflow's global address, whatever is passed.
-        source=client.get_logged_model(model_id).artifact_location,
+        source=logged.artifact_location,
         run_id=run_id,
         model_id=model_id,
         tags=tags,
@@ -155,8 +168,8 @@ def _contents(recipe: Recipe, folder: Path, event: Event, weights: Path) -> logg
     network.load_state_dict(safetensors.torch.load_file(weights))
     evidence = scored.scored(recipe, Outcomes.of(tensors["outcomes"]), val, summary)
     classes = _class_names(recipe, val)
-    today = datetime.now(UTC).date().isoformat()
-    card = model_card.card(summary, recipe, classes, model=recipe.registry.model, date=today)
+    finished = datetime.fromtimestamp(event["time_ms"] / 1000, UTC).date().isoformat()
+    card = model_card.card(summary, recipe, classes, model=recipe.registry.model, date=finished)
     return logged_model.Contents(
         network=network,
         classes=classes,
@@ -173,21 +186,15 @@ def _class_names(recipe: Recipe, val: Index) -> tuple[str, ...]:
     return val.classes
 
 
-def _digest(client: mlflow.MlflowClient, uri: str, model_id: str) -> str:
-    with tempfile.TemporaryDirectory() as scratch:
-        place = client.get_logged_model(model_id).artifact_location
-        return logged_model.digest(versions.download_from(uri, place, Path(scratch)))
-
-
 def _logged_model(client: mlflow.MlflowClient, run_id: str) -> str | None:
-    """The id of the run's logged model that is whole, if there is one. What an outage left of others is removed."""
+    """The id of the run's logged model that passed, if there is one. What an outage left of others is removed."""
     experiment_id = client.get_run(run_id).info.experiment_id
     found = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
-    whole = [model.model_id for model in found if model.status == LoggedModelStatus.READY]
+    passed = [m.model_id for m in found if m.status == LoggedModelStatus.READY and MODEL_SHA256 in m.tags]
     for model in found:
-        if model.model_id not in whole:
+        if model.model_id not in passed:
             client.delete_logged_model(model.model_id)
-    return str(whole[0]) if whole else None
+    return str(passed[0]) if passed else None
 
 
 def _link(client: mlflow.MlflowClient, run_id: str, name: str, version: str) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 
 from swa_dist import config
 from swa_dist.config import Recipe
-from swa_dist.errors import ServiceError
+from swa_dist.errors import SwaDistError
 from swa_dist.evidence import verdict as evidence
 from swa_dist.service import curves, post_mortem, registry, tracking
-from swa_dist.service.layout import CURVES, RECIPE, SUMMARY
+from swa_dist.service.layout import CURVES, RECIPE, SUMMARY, lease_url
 from swa_dist.service.progress import Display
 from swa_dist.service.run import Finished, Job
 from swa_dist.service.spool import Spool
 from swa_dist.storage import folder as folders
+from swa_dist.storage import lease
 from swa_dist.storage.folder import Folder, join, open_folder
 from swa_dist.training.checkpoints import CANDIDATES
 from swa_dist.training.evaluate import Outcomes
@@ -91,29 +92,29 @@ def catch_up(finished: Finished, display: Display) -> Finished:
     return Finished(finished.summary, already=True, unregistered=unregistered)
 
 
-def deliver(folder: Folder, summary: dict[str, Any], display: Display) -> ServiceError | None:
+def deliver(folder: Folder, summary: dict[str, Any], display: Display) -> SwaDistError | None:
     """Send what the spool holds, register, and write `summary`, brought up to date, with what came of it. Returns what
     keeps any of it from being sent."""
     tracking.configure_client()
     _note(folder, summary)  # before what may take long: from here on the run is finished
-    unsent: ServiceError | None = None
+    unsent: SwaDistError | None = None
     try:
         summary["mlflow"]["run_id"] = registry.send(folder, display)
-    except ServiceError as error:
+    except SwaDistError as error:
         unsent = error
     _note(folder, summary)
     if unsent is None:
         registry.spool_of(folder).append({"kind": "artifact", "name": SUMMARY})
         try:
             registry.send(folder, display)
-        except ServiceError as error:
+        except SwaDistError as error:
             unsent = error
     if unsent is None:
         return None
     waiting = registry.spool_of(folder).waiting()
     model = ", its model among them" if any(event["kind"] == "model" for event in waiting) else ""
-    return ServiceError(
-        f"{unsent} Of the run {len(waiting)} events wait to be sent{model}. When it answers: `swa-dist replay"
+    return type(unsent)(
+        f"{unsent} Of the run {len(waiting)} events wait to be sent{model}. When that is mended: `swa-dist replay"
         f" {folder.url}`, or the run's own command again."
     )
 
@@ -125,8 +126,8 @@ def _note(folder: Folder, summary: dict[str, Any]) -> None:
 
 
 def _weighed(
-    folder: Folder, summary: dict[str, Any], unsent: ServiceError | None, display: Display
-) -> ServiceError | None:
+    folder: Folder, summary: dict[str, Any], unsent: SwaDistError | None, display: Display
+) -> SwaDistError | None:
     """What the run must end with: a model that isn't registered is no success. That MLflow lacks the rest, a line of
     its last words or the summary, is only said."""
     if unsent is None:
@@ -142,16 +143,18 @@ def _weighed(
 
 
 def replay(run_dir: str, display: Display) -> None:
-    """Send what waits in a run's spool. Raises ServiceError where MLflow still doesn't answer."""
+    """Send what waits in a run's spool. Raises ServiceError where MLflow still doesn't answer, and BusyError where the
+    run is at work, which sends it itself."""
     folder = open_folder(run_dir)
     tracking.configure_client()
-    if waiting := registry.spool_of(folder).waiting():
-        display.say(f"sending {len(waiting)} events")
-    summary = folder.read_json(SUMMARY)
-    if summary is None:
-        registry.send(folder, display)
-    elif (unsent := deliver(folder, summary, display)) is not None:
-        raise unsent
+    with lease.hold(lease.register(lease_url(folder.url)), f"the run in {folder.url}", display.say):
+        if waiting := registry.spool_of(folder).waiting():
+            display.say(f"sending {len(waiting)} events")
+        summary = folder.read_json(SUMMARY)
+        if summary is None:
+            registry.send(folder, display)
+        elif (unsent := deliver(folder, summary, display)) is not None:
+            raise unsent
 
 
 def _draw_curves(folder: Folder, spool: Spool, summary: dict[str, Any], display: Display) -> None:
@@ -186,6 +189,7 @@ def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any
             "recipe": job.recipe,
             "uri": spool.target.uri,
             "entry": f"{CANDIDATES}/{summary['candidate']}",
+            "time_ms": now,
             "tags": {
                 "run_key": job.run_key,
                 "attempt": job.attempt,

@@ -20,7 +20,7 @@ from swa_dist.data.dali import DaliLoaders
 from swa_dist.data.index import Index
 from swa_dist.data.sizes import cores_here
 from swa_dist.data.sizes import sizes as loader_sizes
-from swa_dist.errors import BusyError, ConfigError, ServiceError, Stopped, SwaDistError
+from swa_dist.errors import BusyError, ConfigError, Stopped, SwaDistError
 from swa_dist.service import (
     checks,
     environment,
@@ -96,7 +96,7 @@ class Finished:
     summary: dict[str, Any]
     already: bool
     """Whether it had before this command."""
-    unregistered: ServiceError | None = None
+    unregistered: SwaDistError | None = None
     """What keeps its model, which waits in the spool, from being registered."""
 
 

@@ -1,7 +1,5 @@
 """CPU, memory, disk, network and GPUs of each machine as metrics, by MLflow's own monitor. Best effort: no run fails of
-it, nor waits for it.
-
-With tracking.py and registry.py the only importer of mlflow.
+it, nor waits for it. Imports mlflow.
 """
 
 import contextlib

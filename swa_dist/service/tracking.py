@@ -1,8 +1,7 @@
 """What a run tells MLflow, by way of a spool on disk: MLflow being slow or down never stops or slows a run.
 
-With registry.py and system_metrics.py the only importer of mlflow. A spool holds events in the order they happened,
-each with its own time, so that sending one twice changes nothing; what could not be sent waits there for `swa-dist
-replay`.
+A spool holds events in the order they happened, each with its own time, so that sending one twice changes nothing; what
+could not be sent waits there for `swa-dist replay`. Imports mlflow.
 """
 
 import contextlib

@@ -17,8 +17,7 @@ from swa_dist.service import logged_model, tracking
 from swa_dist.storage.files import write_atomic
 
 WEIGHTS_SHA256 = "weights_sha256"
-MODEL_SHA256 = "model_sha256"
-"""Tags of a version: SHA-256 of its weights, and over all files that decide what it does."""
+"""Tag of a version: SHA-256 of its weights."""
 
 _RESERVED_ALIAS = re.compile(r"latest|v\d+", re.IGNORECASE)
 
@@ -58,11 +57,12 @@ def _download(uri: str, name: str, version: str, path: Path) -> None:
 def verified(uri: str, name: str, version: str, into: Path) -> Path:
     """The folder with the files of a version. Raises CheckpointError where they are not those its tag states."""
     address = f"models:/{name}/{version}"
-    stated = version_of(uri, address, "the version").tags.get(MODEL_SHA256)
+    stated = version_of(uri, address, "the version").tags.get(logged_model.MODEL_SHA256)
     if stated is None:
         raise CheckpointError(
-            f"{address} must have the tag {MODEL_SHA256}, but has not: another program registered it, or a version of"
-            " this one that knew no promotion. Register a version with `swa-dist finetune`."
+            f"{address} must have the tag {logged_model.MODEL_SHA256}, but has not: another program registered it, or"
+            " a version of this one that knew no promotion. Register a version with `swa-dist finetune`; if this one"
+            f" is @champion, put that in its place: swa-dist rollback {name} --to VERSION --reason WHY."
         )
     folder = tracking.patiently(lambda: _fetch(uri, name, version, into))
     found = logged_model.digest(folder)

@@ -4,11 +4,12 @@ import collections
 import json
 import random
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 
 import pytest
 
-from swa_dist.errors import BusyError, ConfigError
+from swa_dist.errors import BusyError, CheckpointError, ConfigError
 from swa_dist.service import champion, tracking, versions
 from swa_dist.service.promotion import Gatekeeper, Ruling
 from swa_dist.storage import lease
@@ -253,14 +254,17 @@ def test_two_hundred_interleavings_with_pauses_and_kills_leave_the_champion_that
 
 def check_that_some_order_gives(found, machines):
     """The journal is that order: each change began where the one before it ended, and none was of the weaker one."""
-    now = None
+    now = previous = None
     for entry in found.journal:
         if not entry.is_change or entry.state != "done":
             continue
         assert entry.kind in ("promoted", "rolled back"), f"nobody moved it by hand: {entry}"
         assert entry.before == now, entry
-        assert entry.kind == "rolled back" or now is None or STRENGTHS[entry.version] > STRENGTHS[now]
-        now = entry.version
+        if entry.kind == "rolled back":
+            assert entry.version == previous, f"@previous was another when @champion was {now}: {entry}"
+        else:
+            assert now is None or STRENGTHS[entry.version] > STRENGTHS[now]
+        now, previous = entry.version, entry.previous
     assert found.champion == now, found
     assert found.last_change is None or found.previous == found.last_change.previous
     assert found.challenger != now or now is None
@@ -351,6 +355,98 @@ def test_a_change_to_a_version_that_was_deleted_meanwhile_is_given_up(client, tm
     assert promoted(client, "deleted", "3").champion == "3"
 
 
+def test_a_version_that_was_repaired_can_be_chosen_by_hand_later(client, tmp_path):
+    """Of a change that another finished, a paused process may write once more; not for ever."""
+    made(client, "later", tmp_path)
+    promoted(client, "later", "1")
+
+    def killed():
+        raise Killed
+
+    with pytest.raises(Killed):
+        promoted(Pausing(client, killed), "later", "3")
+    settled(client, "later")
+    promoted(client, "later", "4")
+    for entry in champion.look(client, "later").journal:  # two hours pass
+        when = (datetime.fromisoformat(entry.when) - timedelta(hours=2)).isoformat()
+        client.set_registered_model_tag("later", entry.tag, champion._text(replace(entry, when=when)))
+    client.set_registered_model_alias("later", "champion", "3")
+    found = settled(client, "later")
+    assert (found.champion, found.previous, found.journal[-1].kind) == ("3", "4", "moved by hand")
+
+
+def test_what_is_put_right_is_never_a_version_that_is_gone(client, tmp_path):
+    made(client, "both", tmp_path)
+    promoted(client, "both", "1")
+
+    def killed():
+        raise Killed
+
+    with pytest.raises(Killed):
+        promoted(Pausing(client, killed), "both", "3")
+    settled(client, "both")
+    promoted(client, "both", "4")
+    client.set_registered_model_alias("both", "champion", "3")
+    client.delete_model_version("both", "4")
+    found = settled(client, "both")
+    assert (found.champion, found.journal[-1].kind) == ("3", "moved by hand")
+    assert settled(client, "both") == found
+
+
+def test_a_version_that_is_deleted_before_its_change_costs_no_champion(client, tmp_path):
+    made(client, "too-late", tmp_path)
+    promoted(client, "too-late", "1")
+    client.delete_model_version("too-late", "2")
+    with pytest.raises(ConfigError, match="version 2 of too-late must exist, but was deleted"):
+        promoted(client, "too-late", "2")
+    assert settled(client, "too-late").champion == "1"
+
+    def deleted():
+        client.delete_model_version("too-late", "3")
+        raise Killed
+
+    with pytest.raises(Killed):
+        promoted(Pausing(client, deleted), "too-late", "3")
+    found = settled(client, "too-late")
+    assert (found.champion, found.journal[-1].state) == ("1", "given up")
+
+
+def test_a_champion_that_is_deleted_as_soon_as_it_is_one_is_the_one_before(client, tmp_path):
+    made(client, "at-once", tmp_path)
+    promoted(client, "at-once", "1")
+
+    class Deleting(Pausing):
+        def set_model_version_tag(self, name, version, *tag):
+            self._client.delete_model_version(name, version)
+            raise Killed
+
+    with pytest.raises(Killed):
+        promoted(Deleting(client, None), "at-once", "2")
+    assert champion.look(client, "at-once").champion is None
+    assert settled(client, "at-once").champion == "1"
+
+
+def test_a_lease_that_was_lost_is_said_and_no_line_is_overwritten(client, tmp_path):
+    made(client, "lost", tmp_path)
+    promoted(client, "lost", "1")
+    promoted(client, "lost", "2")
+    (tmp_path / "lost.lease").unlink()
+    said = Said()
+    settled(client, "lost", said.say)
+    assert said.count("must be the lease of all who promote lost") == 1
+    assert [entry.version for entry in promoted(client, "lost", "3").journal] == ["1", "2", "3"]
+
+
+def test_a_line_of_the_journal_that_cannot_be_read_is_named(client, tmp_path):
+    made(client, "odd", tmp_path)
+    promoted(client, "odd", "1", "weil es besser ist: \N{CJK UNIFIED IDEOGRAPH-597D}" * 300)
+    (entry,) = champion.look(client, "odd").journal
+    assert len(client.get_registered_model("odd").tags[entry.tag]) < 5000
+    client.set_registered_model_tag("odd", "swa.journal.000009-000009-abcdef", "{}")
+    with pytest.raises(CheckpointError, match=r"swa\.journal\.000009-000009-abcdef of odd must be a line"):
+        champion.look(client, "odd")
+
+
 @pytest.mark.parametrize("to", ["3", None])
 def test_a_champion_that_was_moved_by_hand_stays_and_is_noted(to, client, tmp_path):
     name = f"by-hand-{to}"
@@ -367,6 +463,7 @@ def test_a_champion_that_was_moved_by_hand_stays_and_is_noted(to, client, tmp_pa
     assert said.count(f"moved by hand from version 2 to {to}") == 1
     last = found.journal[-1]
     assert (last.kind, last.before, last.version) == ("moved by hand", "2", to)
+    assert found.previous == "2", "so that a rollback gives it back"
     assert settled(client, name) == found
 
 
@@ -397,12 +494,11 @@ def test_the_place_of_the_lease_is_the_models_for_good(client, tmp_path):
     client.create_registered_model("placed")
     with pytest.raises(ConfigError, match="must be where this machine can write, but is not there"):
         settled(client, "placed")
-    champion.claim_lock(client, "placed", str(tmp_path / "one"), given=False)
-    champion.claim_lock(client, "placed", str(tmp_path / "two"), given=False)
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert champion.claim_lock(client, "placed", one) == one
+    assert champion.claim_lock(client, "placed", two) == one
     assert settled(client, "placed").champion is None
     assert (tmp_path / "one").exists()
-    with pytest.raises(ConfigError, match=r"`registry.lock_url` must be .*one.*, but is .*two"):
-        champion.claim_lock(client, "placed", str(tmp_path / "two"), given=True)
     client.set_registered_model_tag("placed", champion.LOCK, "/folder/of/another/machine/lease")
     with pytest.raises(ConfigError, match="Run this where its folder is"):
         settled(client, "placed")

@@ -86,7 +86,7 @@ class Place:
         client.log_model_artifacts(logged.model_id, str(folder))
         client.finalize_logged_model(logged.model_id, "READY")
         tags = {
-            versions.MODEL_SHA256: logged_model.digest(folder),
+            logged_model.MODEL_SHA256: logged_model.digest(folder),
             versions.WEIGHTS_SHA256: sha256_file(folder / logged_model.FILES / logged_model.WEIGHTS),
         }
         made = client.create_model_version(
