@@ -1,7 +1,7 @@
 """A network as a logged model of MLflow, which is ready only once it gave the same answers elsewhere. Imports mlflow.
 
-The model is two flavours over one exported program: `pytorch`, and the pyfunc of classifier.py. Neither holds a
-pickle.
+The model is two flavours over one exported program: `pytorch`, and the pyfunc of classifier.py. Neither holds a pickle,
+but for torch's own of an example's tensors in the program, which is read as nothing but tensors.
 """
 
 import contextlib
@@ -209,7 +209,6 @@ def _save(folder: Path, contents: Contents, model: Model) -> None:
                 (files / name).write_bytes(content)
         example = torch.zeros(2, 3, contents.image_size, contents.image_size)  # one image would fix the batch at one
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
-        program.example_inputs = None  # would be kept in a pickle
         torch.export.save(program, files / PROGRAM)
         facts = {
             "classes": contents.classes,

@@ -40,6 +40,11 @@ class Means(nn.Module):
         return torch.cat([10 * colours, colours, -colours[:, :1]], 1)
 
 
+@pytest.fixture(autouse=True)
+def _reads_paths(monkeypatch):
+    monkeypatch.setenv("SWA_DIST_READ_PATHS", "true")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the pyfunc loads: an exported program and the facts of it."""
@@ -95,7 +100,7 @@ def test_it_imports_nothing_that_its_users_lack():
         for node in imports
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
     }
-    known = {"mlflow", "numpy", "pandas", "torch", "torchvision", "PIL", "boto3"}
+    known = {"mlflow", "yaml", "numpy", "pandas", "torch", "torchvision", "PIL", "boto3"}  # yaml: mlflow's
     assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names == known
 
 
@@ -252,15 +257,17 @@ def test_a_place_that_can_not_be_read_is_named_by_its_row(predict, image_file, w
     assert caught.value.get_http_status_code() == 400
 
 
-def test_a_server_reads_no_paths_unless_it_is_told_to(predict, image_file, monkeypatch):
+def test_paths_are_read_only_where_that_is_allowed(predict, image_file, monkeypatch):
+    """Whatever the server is: its clients would name its files and the addresses of its network."""
     table = pd.DataFrame({"path": [str(image_file)]})
-    monkeypatch.setenv("__pyfunc_model_path__", "/model")
-    for value in ("", "false", "no"):
-        monkeypatch.setenv("SWA_DIST_SERVE_PATHS", value)
-        with pytest.raises(MlflowException, match="SWA_DIST_SERVE_PATHS=true") as caught:
+    for value in (None, "", "false", "no"):
+        monkeypatch.delenv("SWA_DIST_READ_PATHS")
+        if value is not None:
+            monkeypatch.setenv("SWA_DIST_READ_PATHS", value)
+        with pytest.raises(MlflowException, match="SWA_DIST_READ_PATHS=true") as caught:
             predict(table)
         assert caught.value.get_http_status_code() == 400
-    monkeypatch.setenv("SWA_DIST_SERVE_PATHS", "true")
+        monkeypatch.setenv("SWA_DIST_READ_PATHS", "true")
     assert len(predict(table)) == 1
 
 

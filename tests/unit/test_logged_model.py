@@ -21,7 +21,7 @@ from mlflow.entities import LoggedModelStatus
 from torch import nn
 
 from swa_dist.errors import CheckpointError
-from swa_dist.service import logged_model, tracking
+from swa_dist.service import classifier, logged_model, tracking
 from swa_dist.service.logged_model import Contents
 from swa_dist.storage.files import sha256_file
 
@@ -164,7 +164,7 @@ def test_it_loads_both_ways_with_pickles_off_and_without_this_package(logged, ow
     ended = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(own), str(png)],
         cwd=tmp_path,
-        env=os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+        env=os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "SWA_DIST_READ_PATHS": "true"},
         capture_output=True,
         text=True,
         check=False,
@@ -244,16 +244,20 @@ def test_one_that_does_not_pass_is_no_model_of_the_run(logged):
 def test_the_digest_is_of_what_decides_and_the_same_wherever_it_is_downloaded(logged, own):
     expected = logged_model.digest(logged.folder)
     (own / "artifacts/model/model_card.md").write_text("another card")
-    (own / "MLmodel").write_text((own / "MLmodel").read_text() + "more: true\n")
     (own / "registered_model_meta").write_text("x")
-    (own / "__pycache__").mkdir(exist_ok=True)
     assert logged_model.digest(own) == expected
+    assert classifier.digest(own) == expected, "the model says so itself"
     names = ("model.pt2", "model.safetensors", "facts.json", "recipe.yaml")
-    for path in (own / "classifier.py", *(own / "artifacts/model" / name for name in names)):
+    own_files = (own / "artifacts/model" / name for name in names)
+    for path in (own / "classifier.py", own / "MLmodel", own / "requirements.txt", *own_files):
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         assert logged_model.digest(own) != expected, path
         path.write_bytes(content)
+        assert logged_model.digest(own) == classifier.digest(own) == expected
+    (own / "more.py").write_text("")
+    assert logged_model.digest(own) != expected
+    (own / "more.py").unlink()
     (own / "artifacts/model/recipe.yaml").rename(own / "artifacts/model/recipe.yml")
     assert logged_model.digest(own) != expected
 

@@ -5,9 +5,11 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import safetensors.torch
+from mlflow.exceptions import MlflowException
 
 from swa_dist import cli, config, models
 from swa_dist.data.scan import scan
@@ -76,13 +78,13 @@ class Place:
     def version(self, name, evidence):
         """A version of this evidence, as a run registers it; its number."""
         client = self.client
-        run = client.create_run("0")
+        run = client.create_run("1")
         client.set_terminated(run.info.run_id)
         folder = self.folder / f"logged-{run.info.run_id}"
         shutil.copytree(self.base, folder)
         for file, content in evidence.files().items():
             (folder / logged_model.FILES / file).write_bytes(content)
-        logged = client.create_logged_model("0", name="model", source_run_id=run.info.run_id)
+        logged = client.create_logged_model("1", name="model", source_run_id=run.info.run_id)
         client.log_model_artifacts(logged.model_id, str(folder))
         client.finalize_logged_model(logged.model_id, "READY")
         tags = {
@@ -329,8 +331,46 @@ def test_a_champion_that_was_moved_by_hand_is_the_one_to_beat(place):
     assert (found.status, found.over) == ("rejected", strong)
     kinds = [entry.kind for entry in champion.look(place.client, name).journal]
     assert kinds == ["promoted", "moved by hand", "rejected"]
-    assert champion.look(place.client, name).previous is None
-    assert first != strong
+    assert champion.look(place.client, name).previous == first
+
+
+def test_a_rollback_takes_a_number_however_it_is_written(place):
+    name = place.model("written")
+    first = place.promoted(name, place.scored(900))
+    place.promoted(name, place.scored(910))
+    assert place.keeper(name).rollback(f"0{first}", "why not").version == first
+    assert champion.look(place.client, name).champion == first
+
+
+def test_a_rollback_is_of_the_champion_that_was_seen(place, monkeypatch):
+    """Promoted, while it looks at the files, is another: what the person says of the old one is not about that."""
+    name = place.model("seen")
+    for right in (900, 910):
+        place.promoted(name, place.scored(right))
+    verified = versions.verified
+
+    def slow(*which):
+        place.promoted(name, place.scored(920))
+        return verified(*which)
+
+    monkeypatch.setattr(versions, "verified", slow)
+    with pytest.raises(ConfigError, match=r"`--to` must be given, since @champion .* from version 2 to 3 meanwhile"):
+        place.keeper(name).rollback(None, "2 sees ghosts")
+    assert champion.look(place.client, name).champion == "3"
+
+
+def test_who_may_promote_but_not_write_to_the_run_is_warned(place, monkeypatch):
+    name = place.model("no-run")
+    place.promoted(name, place.scored(900))
+    version = place.version(name, place.scored(950))
+
+    def refused(self, *arguments):
+        raise MlflowException("Permission denied")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_text", refused)
+    said = Said()
+    assert place.promote(name, version, said=said).status == "promoted"
+    assert any("not among the files of the version's run" in line for line in said.lines)
 
 
 def test_rolling_back_twice_goes_further_back(place):
@@ -416,7 +456,8 @@ def test_mistakes_on_the_command_line_end_with_a_sentence(place, swa_dist, tmp_p
     name = place.model("mistakes")
     for arguments, code, said in [
         (("promote", "no-such-model"), 78, "`NAME` must be a registered model"),
-        (("promote", name), 78, f"models:/{name}@challenger is not"),
+        (("promote", "a/b"), 78, "`NAME` must be a registered model"),
+        (("promote", ""), 78, "`NAME` must be a registered model"),
         (("promote", name, "--version", "7"), 78, f"models:/{name}/7 is not"),
         (("rollback", name, "--reason", "x"), 78, "`--to` must name a version"),
         (("history", "no-such-model"), 78, "`NAME` must be a registered model"),
@@ -424,7 +465,24 @@ def test_mistakes_on_the_command_line_end_with_a_sentence(place, swa_dist, tmp_p
         ended = swa_dist(*arguments)
         assert (ended.returncode, said in ended.stderr) == (code, True), (arguments, ended.stderr)
         assert "Traceback" not in ended.stderr
+    nothing = swa_dist("promote", name)
+    assert (nothing.returncode, "there is nothing to promote" in nothing.stdout) == (0, True), nothing
+    assert json.loads(swa_dist("promote", name, "--json").stdout)["status"] == "no challenger"
     gone = swa_dist("history", name, uri=f"sqlite:///{tmp_path / 'none.db'}")
     assert gone.returncode == 69
     assert "MLflow's database must be at" in gone.stderr
     assert not (tmp_path / "none.db").exists()
+
+
+# Using it
+
+
+def test_a_version_whose_files_were_changed_is_not_loaded_from_the_registry(place, monkeypatch):
+    name = place.model("changed")
+    version = place.promoted(name, place.scored(900))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place.uri)
+    mlflow.pyfunc.load_model(f"models:/{name}@champion")
+    facts = place.artifact_place(name, version) / logged_model.FILES / logged_model.FACTS
+    facts.write_text(facts.read_text().replace('"1"', '"cat"'))
+    with pytest.raises(MlflowException, match="must have the SHA-256 in its tag"):
+        mlflow.pyfunc.load_model(f"models:/{name}@champion")
