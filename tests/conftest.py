@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -78,6 +78,25 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of a new bucket; the environment leads to it, with keys that are the test's own."""
     return support.new_bucket(s3_server, monkeypatch)
+
+
+@pytest.fixture
+def swa_dist_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """A command of swa-dist about a registry, without the seconds in which a process imports everything."""
+    from swa_dist import cli
+
+    def run(*arguments: str, uri: str) -> "subprocess.CompletedProcess[str]":
+        monkeypatch.setattr("sys.argv", ["swa-dist", *arguments, "--tracking-uri", uri])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

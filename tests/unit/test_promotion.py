@@ -1,5 +1,6 @@
 """The gate and the registry: which versions become @champion, which don't, and what is said about it."""
 
+import functools
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -11,11 +12,11 @@ import pytest
 import safetensors.torch
 from mlflow.exceptions import MlflowException
 
-from swa_dist import cli, config, models
+from swa_dist import config, models
 from swa_dist.data.scan import scan
 from swa_dist.errors import CheckpointError, ConfigError, DataError
 from swa_dist.evidence.verdict import Verdict
-from swa_dist.service import champion, logged_model, promotion, standalone, tracking, versions
+from swa_dist.service import champion, logged_model, promotion, registry, standalone, tracking, versions
 from swa_dist.service.scored import Scored
 from swa_dist.storage.files import sha256_file
 from swa_dist.training.evaluate import Outcomes
@@ -401,27 +402,9 @@ def test_reserved_aliases_are_explained(model, place):
 # The command line
 
 
-@dataclass
-class Ended:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
-def swa_dist(place, monkeypatch, capsys):
-    """The command line, without the seconds in which a process imports everything."""
-
-    def run(*arguments, uri=place.uri):
-        monkeypatch.setattr("sys.argv", ["swa-dist", *arguments, "--tracking-uri", uri])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code or 0
-        return Ended(code, *capsys.readouterr())
-
-    return run
+def swa_dist(place, swa_dist_here):
+    return functools.partial(swa_dist_here, uri=place.uri)
 
 
 def test_the_command_line_promotes_rejects_rolls_back_and_tells(place, swa_dist):
@@ -472,6 +455,49 @@ def test_mistakes_on_the_command_line_end_with_a_sentence(place, swa_dist, tmp_p
     assert gone.returncode == 69
     assert "MLflow's database must be at" in gone.stderr
     assert not (tmp_path / "none.db").exists()
+
+
+# At the end of a run
+
+
+def ruled(place, version, said=None, **fields):
+    recipe = config.replace(place.recipe, **{"registry.model": "at-the-end"} | fields)
+    return registry._rule(place.uri, recipe, version, place.folder, said or Said())
+
+
+def test_a_run_rules_about_its_version_once_and_a_rollback_stays(place):
+    name = place.model("at-the-end")
+    first = place.promoted(name, place.scored(900))
+    second = place.version(name, place.scored(950))
+    assert ruled(place, second).status == "promoted"
+    place.keeper(name).rollback(None, "it sees ghosts")
+    again = ruled(place, second)  # as after a crash before registered.json
+    assert (again.status, again.over) == ("promoted", first)
+    assert champion.look(place.client, name).champion == first
+
+
+def test_a_comparison_that_fails_leaves_the_version_to_a_person_and_is_in_the_history(place, monkeypatch):
+    name = "at-the-end"
+    version = place.version(name, place.scored(990))
+
+    def fails(*arguments, **named):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(promotion.gate, "decide", fails)
+    found = ruled(place, version)
+    assert (found.status, found.why) == ("held", "it can't be compared: CUDA error: out of memory")
+    now = champion.look(place.client, name)
+    assert (now.challenger, now.journal[-1].kind, now.journal[-1].version) == (version, "held", version)
+    assert place.client.get_model_version(name, version).tags["gate"] == "held"
+
+
+def test_a_version_that_is_held_is_in_the_history_and_can_be_promoted(place):
+    name = "at-the-end"
+    version = place.version(name, place.scored(995))
+    found = ruled(place, version, **{"registry.promote": "hold"})
+    assert found.status == "held"
+    assert f"swa-dist promote {name} --version {version}" in found.why
+    assert place.promote(name, version).status == "promoted"
 
 
 # Using it

@@ -7,12 +7,13 @@ import socket
 import pytest
 import torch
 
-from swa_dist.errors import ExitCode, ServiceError
+from swa_dist.errors import BusyError, CheckpointError, ExitCode, ServiceError
 from swa_dist.service import registry, result, tracking
-from swa_dist.service.layout import RECIPE, SUMMARY
+from swa_dist.service.layout import RECIPE, SUMMARY, lease_url
 from swa_dist.service.registry import REGISTERED
 from swa_dist.service.run import Finished
 from swa_dist.service.spool import Spool, Target
+from swa_dist.storage import lease
 from swa_dist.storage.folder import open_folder
 from swa_dist.training.state import save_entry
 
@@ -87,3 +88,23 @@ def test_where_nothing_waits_nobody_is_asked(finished, monkeypatch):
     monkeypatch.setattr(registry, "send", None)
     before = finished(registered=True)
     assert result.catch_up(before, Said()) is before
+
+
+def test_what_is_not_mlflows_fault_is_its_own_error_and_the_table_is_there(finished, monkeypatch):
+    def fails(folder, display):
+        raise CheckpointError("logits of the logged model must be the network's, but differ by 3.")
+
+    monkeypatch.setattr(registry, "send", fails)
+    found = result.catch_up(finished(MODEL, STATUS, registered=False), Said())
+    assert type(found.unregistered) is CheckpointError
+    assert "differ by 3" in str(found.unregistered)
+    assert "swa-dist replay" in str(found.unregistered)
+
+
+def test_a_run_that_is_at_work_is_not_replayed(finished):
+    run = finished(STATUS, registered=True).summary["run_dir"]
+    with (
+        lease.hold(lease.register(lease_url(run)), "the run", lambda line: None),
+        pytest.raises(BusyError, match="must not be running already, but is"),
+    ):
+        result.replay(run, Said())
