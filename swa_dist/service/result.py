@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
 from swa_dist import config
 from swa_dist.config import Recipe
 from swa_dist.errors import SwaDistError
@@ -22,6 +24,12 @@ from swa_dist.storage.folder import Folder, join, open_folder
 from swa_dist.training.checkpoints import CANDIDATES
 from swa_dist.training.evaluate import Outcomes
 from swa_dist.training.state import load_entry
+
+_UNITS = (
+    "Steps are training images. top1, top5 and ece are in %, loss and nll in nats an image, times in seconds. Of"
+    " system/node_N, steps are samples."
+)
+"""Where a run's charts are looked at, since MLflow's metrics have no units."""
 
 _ORDER = ("start", "last", "last_fresh", "window", "ema", "swa")
 
@@ -181,9 +189,10 @@ def _spool_result(job: Job, recipe: Recipe, spool: Spool, summary: dict[str, Any
     position = summary["phases"]["train"]["images"]
     row = {"kind": "row", "position": position, "epoch": float(recipe.optim.epochs), "time_ms": now, "metrics": metrics}
     verdict = summary["verdict"]["sentence"]
+    note = f"{verdict[:1].upper()}{verdict[1:]}\n\n{_UNITS}"
     spool.append(
         row,
-        {"kind": "tags", "tags": {"swa.verdict": verdict, "swa.control": summary["control"]}},
+        {"kind": "tags", "tags": {"swa.verdict": verdict, "swa.control": summary["control"], MLFLOW_RUN_NOTE: note}},
         {
             "kind": "model",
             "recipe": job.recipe,

@@ -278,7 +278,7 @@ def _open_spool(job: Job, folder: Folder, recipe: Recipe, train: Index, val: Ind
     params = config.flatten(config.to_tree(recipe))
     tags = {
         "swa.attempt": job.attempt,
-        "swa.submission": job.submission,
+        "swa.submission": job.submission or "none",
         "swa.fingerprint": job.fingerprint,
         "swa.recipe": recipe.name,
         "swa.num_workers": num_workers,
