@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import pandas as pd
 import safetensors.torch
 import torch
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, DataType
@@ -36,6 +37,7 @@ from torchvision.transforms.v2 import functional
 
 from swa_dist.data.pixels import normalised
 from swa_dist.errors import CheckpointError, ServiceError
+from swa_dist.service import tracking
 from swa_dist.storage.files import sha256_file
 
 FILES = "artifacts/model"
@@ -109,14 +111,26 @@ def log(run_id: str, uri: str, contents: Contents) -> str:
                 )
             check_round_trip(back, contents)
         # Of what passed, so that whatever is changed from here on is found.
-        client.set_logged_model_tags(logged.model_id, {MODEL_SHA256: expected})
+        _insist(uri, lambda: client.set_logged_model_tags(logged.model_id, {MODEL_SHA256: expected}))
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-        client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+        _insist(uri, lambda: client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY))
     except BaseException:
         with contextlib.suppress(Exception):  # one that stays is not READY either
             client.delete_logged_model(logged.model_id)
         raise
     return str(logged.model_id)
+
+
+def _insist(uri: str, ask: Callable[[], object]) -> None:
+    """Ask again where the answer is lost, rather than throw away a model that passed."""
+
+    def once() -> None:
+        try:
+            ask()
+        except MlflowException as error:
+            raise tracking.unanswered(uri, error) from error
+
+    tracking.patiently(once)
 
 
 def digest(folder: Path) -> str:
