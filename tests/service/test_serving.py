@@ -209,7 +209,7 @@ def test_a_row_that_is_no_image_is_answered_with_400_and_its_number(server, few,
 def test_a_server_reads_none_of_its_machines_files(server):
     status, answer = server.ask({"dataframe_records": [{"path": str(server.folder / "image.jpg")}]})
     assert status == 400
-    assert "row 0 must have `image`, but has `path`, which this server doesn't read" in answer["message"]
+    assert "row 0 must have `image`, but has `path`, which is not read unless it is allowed" in answer["message"]
 
 
 @pytest.mark.parametrize("body", [{"dataframe_records": [{"picture": "x"}]}, {"images": []}, []])
