@@ -307,6 +307,6 @@ def test_the_pyfunc_sees_nearly_what_the_evaluation_saw(registry, tmp_path, what
     with torch.inference_mode():
         said, other = registry.network(ours), registry.network(theirs)
     apart, agree = (said - other).abs(), int((said.argmax(1) == other.argmax(1)).sum())
-    print(f"logits: mean {apart.mean():.4f}, largest {apart.max():.4f}, of {said.std():.2f}; top-1 equal in {agree}")
+    print(f"logits: mean {apart.mean():.1e}, largest {apart.max():.1e}, of {said.std():.2f}; top-1 equal in {agree}")
     assert apart.mean() <= 1e-3 * said.std()
     assert agree == len(ours)
