@@ -98,19 +98,19 @@ def ours(root: Path) -> Any:
 
 
 def of_ours(root: Path, *, as_bytes: bool = False, antialias: bool = True) -> Iterator[Iterator[int]]:
-    from swa_dist.data import dali
+    from swa_dist.data import dali, resizing
 
-    resize = dali.fn.resize
+    interpolate = resizing.interpolate
 
-    def resize_so(*inputs: Any, **options: Any) -> Any:
-        return resize(*inputs, **options | {"antialias": antialias})
+    def interpolate_so(*inputs: Any, **options: Any) -> Any:
+        return interpolate(*inputs, **options | {"antialias": antialias})
 
     def epoch(number: int) -> Iterator[int]:
         for batch in loaders.train(number, 0, {}):
             yield from (len(group.images) for group in batch.groups)
 
     loaders = ours(root)
-    with mock.patch.object(dali.fn, "resize", resize_so):
+    with mock.patch.object(resizing, "interpolate", interpolate_so):
         if not as_bytes:
             yield from map(epoch, range(1000))
         with mock.patch.object(dali, "normalised", lambda images: images):

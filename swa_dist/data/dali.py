@@ -1,11 +1,13 @@
 """The loaders of a run: NVIDIA DALI pipelines that are told what to read. The only importer of DALI.
 
 A pipeline is built for one pass and holds no state of its own: what it decodes, in which order and which part of each
-image comes from `order.py`, the bytes from `reading.py`. It gives uint8 pixels, which become floats on the device.
+image comes from `order.py`, the bytes from `reading.py`. On a GPU it resizes too, on a CPU `resizing.py` does. Either
+gives uint8 pixels, which become floats on the device.
 """
 
 import ctypes
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from swa_dist.data.index import Index
 from swa_dist.data.order import Batch, Crops, Group, Ints, Span, Split, Stream, Transforms
 from swa_dist.data.pixels import normalised
 from swa_dist.data.reading import Ahead, Bytes, Reader
+from swa_dist.data.resizing import Resizer, placements
 from swa_dist.data.sizes import Sizes
 from swa_dist.errors import DataError
 
@@ -60,6 +63,7 @@ class DaliLoaders:
         self._sizes = sizes
         self._kept = _Kept(sizes.kept_bytes)
         self._ahead = Ahead(sizes.read_threads, sizes.groups_ahead)
+        self._resizer = Resizer(sizes.decode_threads)
 
     @property
     def num_train(self) -> int:
@@ -176,10 +180,11 @@ class DaliLoaders:
 
     def _pipeline(self, reader: Reader, wanted: "Sequence[_Wanted]", windows: Windows | None) -> Pipeline:
         contents = self._ahead.read(reader, (one.ids for one in wanted))
-        inputs = zip(wanted, contents, strict=True)
         source = (
-            self._centred_inputs(reader, one, content) if windows is None else one.inputs(content, windows)
-            for one, content in inputs
+            self._centred_inputs(reader, one, content)
+            if windows is None
+            else one.inputs(content, windows, self._data.image_size)
+            for one, content in zip(wanted, contents, strict=True)
         )
         pipeline = (_centred if windows is None else _random_cropped)(
             source,
@@ -198,16 +203,18 @@ class DaliLoaders:
         centres = order.centres(
             index.heights[one.ids], index.widths[one.ids], resize_size=data.resize_size, image_size=data.image_size
         )
-        sizes = np.stack([centres.height, centres.width], axis=1).astype(np.float32)  # as DALI will have them
-        starts = np.stack([centres.top, centres.left], axis=1).astype(np.int32)
-        return contents, list(sizes), list(starts)
+        return contents, placements(centres.height, centres.width, centres.top, centres.left, False)
 
     def _run(self, pipeline: Pipeline) -> Tensor:
-        (images,) = pipeline.run()
-        copied = torch.utils.dlpack.from_dlpack(images.as_tensor()).clone()
-        if copied.is_cuda:
-            # DALI writes its buffer again on a stream of its own: the copy must be done, not only begun.
-            torch.cuda.current_stream(self._device).synchronize()
+        # The next run writes these buffers again: what is wanted of them must be done, not only begun.
+        outputs = pipeline.run()
+        if self._gpu is None:
+            images, places = outputs
+            # By numpy, which looks at DALI's bytes where they are; DLPack copies them.
+            pixels = [np.asarray(image) for image in images]
+            return self._resizer.fit(pixels, places.as_array(), self._data.image_size)
+        copied = torch.utils.dlpack.from_dlpack(outputs[0].as_tensor()).clone()
+        torch.cuda.current_stream(self._device).synchronize()
         return copied
 
     def _bad_of(self, reader: Reader, groups: "Sequence[_Wanted]", error: RuntimeError) -> dict[int, str]:
@@ -271,26 +278,23 @@ class _Wanted:
     """The images there, with those that are left out."""
     left_out: tuple[int, ...] = ()
 
-    @property
+    @functools.cached_property
     def ids(self) -> Ints:
         return self.images[self._good]
 
-    @property
+    @functools.cached_property
     def _good(self) -> npt.NDArray[np.bool_]:
         return ~np.isin(self.images, self.left_out)
 
     def without(self, bad: Mapping[int, str]) -> "_Wanted":
         return _Wanted(self.span, self.images, tuple(i for i in self.images.tolist() if i in bad)) if bad else self
 
-    def inputs(self, contents: list[Bytes], windows: Windows) -> tuple[Any, ...]:
+    def inputs(self, contents: list[Bytes], windows: Windows, side: int) -> tuple[Any, ...]:
         """What a pipeline of random crops is fed for it."""
         crops = windows(self.span, self.images)
         starts = np.stack([crops.top, crops.left], axis=1)[self._good].astype(np.int32)
         shapes = np.stack([crops.height, crops.width], axis=1)[self._good].astype(np.int32)
-        # A part that is resized from its right edge to its left comes out mirrored, which costs nothing.
-        flip = crops.flip[self._good].astype(np.float32)
-        from_corners = np.stack([np.zeros_like(flip), flip], axis=1)
-        return contents, starts, shapes, from_corners, 1 - from_corners
+        return contents, starts, shapes, placements(side, side, 0, 0, crops.flip[self._good])
 
 
 @dataclass(frozen=True)
@@ -336,9 +340,8 @@ def _sentence(error: RuntimeError) -> str:
 
 @pipeline_def  # type: ignore[untyped-decorator]
 def _random_cropped(source: Source, data: Data, *, on_gpu: bool) -> Any:
-    dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT]
-    encoded, start, shape, from_corner, to_corner = fn.external_source(
-        source=source, num_outputs=5, batch=True, dtype=dtypes
+    encoded, start, shape, placement = fn.external_source(
+        source=source, num_outputs=4, batch=True, dtype=[types.UINT8, types.INT32, types.INT32, types.INT32]
     )
     window = fn.decoders.image_slice(
         encoded,
@@ -349,16 +352,7 @@ def _random_cropped(source: Source, data: Data, *, on_gpu: bool) -> Any:
         output_type=types.RGB,
         adjust_orientation=True,
     )
-    size = data.image_size
-    return fn.resize(
-        window,
-        size=[size, size],
-        interp_type=types.INTERP_LINEAR,
-        antialias=True,
-        roi_start=from_corner,
-        roi_end=to_corner,
-        roi_relative=True,
-    )
+    return _placed(window, placement, data.image_size) if on_gpu else (window, placement)
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
@@ -371,14 +365,28 @@ def _decoded(source: Source, *, on_gpu: bool) -> Any:
 
 @pipeline_def  # type: ignore[untyped-decorator]
 def _centred(source: Source, data: Data, *, on_gpu: bool) -> Any:
-    encoded, size, start = fn.external_source(
-        source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.FLOAT, types.INT32]
-    )
+    encoded, placement = fn.external_source(source=source, num_outputs=2, batch=True, dtype=[types.UINT8, types.INT32])
     image = fn.decoders.image(
         encoded,
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=True,
     )
-    resized = fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-    return fn.slice(resized, start=start, shape=[data.image_size, data.image_size], axis_names="HW")
+    return _placed(image, placement, data.image_size) if on_gpu else (image, placement)
+
+
+def _placed(image: Any, placement: Any, side: int) -> Any:
+    """What `Resizer.fit` does, by DALI, for a GPU."""
+    flip = fn.cast(placement[4], dtype=types.FLOAT)
+    # A part that is resized from its right edge to its left comes out mirrored, which costs nothing.
+    from_corner = fn.stack(flip * 0, flip)
+    resized = fn.resize(
+        image,
+        size=fn.cast(placement[0:2], dtype=types.FLOAT),
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+        roi_start=from_corner,
+        roi_end=1 - from_corner,
+        roi_relative=True,
+    )
+    return fn.slice(resized, start=placement[2:4], shape=[side, side], axis_names="HW")

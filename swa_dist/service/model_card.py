@@ -104,7 +104,7 @@ The pyfunc takes a column `image` (the bytes of a JPEG or PNG file; base64 in JS
 
 Each image is turned upright by its EXIF orientation, made RGB, resized to {resize} pixels on its shorter side
 (bilinear, antialiased), cropped to the central {size} x {size} pixels, and normalised by ImageNet's mean and
-deviation. The evaluation decoded and resized with NVIDIA DALI, whose pixels differ a little."""
+deviation. The evaluation decoded with NVIDIA DALI, and on a GPU resized with it: its pixels differ a little."""
 
 
 def _data(summary: dict[str, Any], recipe: Recipe, classes: tuple[str, ...]) -> str:
