@@ -159,6 +159,41 @@ MUTATIONS = [
         "starts = np.stack([crops.top, crops.left], axis=1)[: len(self.ids)]",
         "tests/distributed/test_bad_images.py -k without_their_places",
     ),
+    Mutation(
+        "the mirroring of the good images of a group moved up into the places of the bad ones",
+        "data/dali.py",
+        "crops.flip[self._good]",
+        "crops.flip[: len(self.ids)]",
+        "tests/distributed/test_bad_images.py -k without_their_places",
+    ),
+    Mutation(
+        "a gain that chance gives is a gain",
+        "evidence/gate.py",
+        "paired.shown and paired.gain >= gate.min_gain",
+        "paired.gain >= gate.min_gain",
+        "tests/unit/test_gate.py",
+    ),
+    Mutation(
+        "classes tested without a correction for their number",
+        "evidence/gate.py",
+        "p_values = holm(binom.sf(losses[there] - 1, wins[there] + losses[there], 0.5))",
+        "p_values = binom.sf(losses[there] - 1, wins[there] + losses[there], 0.5)",
+        "tests/unit/test_gate.py",
+    ),
+    Mutation(
+        "@champion's own scores where it was scored on other images",
+        "service/promotion.py",
+        "if mine.val_digest != theirs.val_digest:",
+        "if False:",
+        "tests/unit/test_promotion.py -k scored",
+    ),
+    Mutation(
+        "what a paused process wrote after its lease was lost taken for a person's move",
+        "service/champion.py",
+        "if there and found.champion in self._late(found):",
+        "if False:",
+        "tests/unit/test_champion.py -k put_right",
+    ),
 ]
 
 
