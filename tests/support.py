@@ -232,6 +232,29 @@ def free_port() -> int:
         return number
 
 
+class Said:
+    """A display that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def count(self, text: str) -> int:
+        """The lines that hold a text."""
+        return sum(text in line for line in self.lines)
+
+    def warnings(self) -> list[str]:
+        return [line for line in self.lines if line.startswith("warning: ")]
+
+
 class MlflowServer:
     """A real MLflow server on loopback, which can be ended and started again. `arguments` are more of its own."""
 

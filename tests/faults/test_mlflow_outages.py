@@ -20,7 +20,7 @@ from swa_dist.service.progress import Silent
 from swa_dist.service.spool import Spool, Target
 from swa_dist.service.tracking import SpoolTracker
 from swa_dist.storage.folder import open_folder
-from tests.support import MlflowServer, Proxy, digits_recipe, write_finished
+from tests.support import MlflowServer, Proxy, Said, digits_recipe, write_finished
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -51,22 +51,6 @@ def _client(monkeypatch: pytest.MonkeyPatch) -> None:
     tracking.configure_client()
     monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.3)
     monkeypatch.setattr(tracking, "_PAUSES_SECONDS", (0.1, 0.1))
-
-
-class Said:
-    """A display that keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def rows(count: int) -> list[Any]:

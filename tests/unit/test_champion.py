@@ -13,6 +13,7 @@ from swa_dist.errors import BusyError, CheckpointError, ConfigError
 from swa_dist.service import champion, tracking, versions
 from swa_dist.service.promotion import Gatekeeper, Ruling
 from swa_dist.storage import lease
+from tests.support import Said
 
 STRENGTHS = {"1": 1, "2": 3, "3": 2, "4": 4}
 """How good each version is: the gate's answer is that the better one passes."""
@@ -120,17 +121,6 @@ class Strengths(Gatekeeper):
 
     def _report(self, ruling):
         self.machine.step()
-
-
-@dataclass
-class Said:
-    lines: list[str] = field(default_factory=list)
-
-    def say(self, line):
-        self.lines.append(line)
-
-    def count(self, text):
-        return sum(text in line for line in self.lines)
 
 
 @pytest.fixture(scope="module")

@@ -20,22 +20,11 @@ from swa_dist.service import champion, logged_model, promotion, registry, standa
 from swa_dist.service.scored import Scored
 from swa_dist.storage.files import sha256_file
 from swa_dist.training.evaluate import Outcomes
-from tests.support import digits_recipe
+from tests.support import Said, digits_recipe
 
 NUM_IMAGES = 1000
 BETTER = Verdict(better_than_start=True, better_than_last=True, sentence="swa is better than both")
 NOT_BETTER = Verdict(better_than_start=True, better_than_last=False, sentence="swa is better than the start alone")
-
-
-class Said:
-    def __init__(self):
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-    def progress(self, phase, done, total, note=""):
-        pass
 
 
 @dataclass

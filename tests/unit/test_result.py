@@ -16,23 +16,10 @@ from swa_dist.service.spool import Spool, Target
 from swa_dist.storage import lease
 from swa_dist.storage.folder import open_folder
 from swa_dist.training.state import save_entry
+from tests.support import Said
 
 MODEL = {"kind": "model", "recipe": {}, "uri": "", "entry": "candidates/swa", "tags": {}}
 STATUS = {"kind": "status", "status": "FINISHED", "time_ms": 1}
-
-
-class Said:
-    def __init__(self):
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-    def progress(self, phase, done, total, note=""):
-        pass
-
-    def close(self):
-        pass
 
 
 @pytest.fixture

@@ -23,24 +23,11 @@ from swa_dist.service.progress import Silent
 from swa_dist.service.spool import SPOOL_FILES, Target
 from swa_dist.storage.folder import is_s3, join, open_folder, set_aside
 from swa_dist.storage.s3 import Prefix
-from tests.support import Proxy, answer_of, digits_recipe, free_port
+from tests.support import Proxy, Said, answer_of, digits_recipe, free_port
 from tests.unit.test_lease import Process
 
 DAYS = 30
 CONTENT = b"x" * 100_000
-
-
-class Said:
-    """A display that keeps what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-    def warnings(self):
-        return [line for line in self.lines if line.startswith("warning: ")]
 
 
 @pytest.fixture(scope="module")
