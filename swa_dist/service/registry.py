@@ -77,27 +77,30 @@ def _send(folder: Folder, display: Display) -> str:
 
     def handle(client: mlflow.MlflowClient, run_id: str, event: Event, local: Path) -> None:
         if read_json(local / REGISTERED) is None:
-            ruling = register(client, run_id, event, local, display)
+            ruling = register(client, run_id, event, folder, display)
             write_atomic(local / REGISTERED, json.dumps(ruling.facts(), indent=1))
         folder.push(REGISTERED)  # before the event counts as sent: nothing would make it again
 
     return tracking.send(spool, {"model": handle})
 
 
-def register(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Path, display: Display) -> Ruling:
+def register(client: mlflow.MlflowClient, run_id: str, event: Event, folder: Folder, display: Display) -> Ruling:
     """Register the candidate of a spooled event, once, and have the gate decide about it, once. `folder`: the run's,
-    on this machine."""
+    with what it holds pulled."""
     recipe = config.from_tree(event["recipe"])
     name = recipe.registry.model
-    version = _existing_version(client, name, run_id) or _create_version(client, run_id, recipe, folder, event, display)
+    version = _existing_version(client, name, run_id)
+    if version is None:
+        version = _create_version(client, run_id, recipe, folder.local, event, display)
     _link(client, run_id, name, version)
-    return _rule(event["uri"], recipe, version, folder, display)
+    who = f"the run {recipe.name} in {folder.url.rstrip('/').rpartition('/')[2]}"
+    return _rule(event["uri"], recipe, version, who, display)
 
 
-def _rule(uri: str, recipe: Recipe, version: str, folder: Path, display: Display) -> Ruling:
+def _rule(uri: str, recipe: Recipe, version: str, who: str, display: Display) -> Ruling:
     """What becomes of the version. Where the gate can't decide, for whichever reason but an outage, it is held."""
     name = recipe.registry.model
-    keeper = Gatekeeper(uri, name, display, f"the run {recipe.name} in {folder.name}")
+    keeper = Gatekeeper(uri, name, display, who)
     try:
         if (ruling := keeper.ruled(version)) is not None:  # before a crash; a person may have moved @champion since
             return ruling

@@ -146,7 +146,7 @@ def test_a_model_is_registered_promoted_rolled_back_and_used(
 
 
 def test_mlflow_that_goes_away_just_after_a_registration_is_told_the_rest_and_the_ruling_is_kept(
-    direct: Place, monkeypatch: pytest.MonkeyPatch
+    direct: Place, monkeypatch: pytest.MonkeyPatch, swa_dist_here: Command
 ) -> None:
     folder = direct.run("first", 1.0)
 
@@ -162,6 +162,7 @@ def test_mlflow_that_goes_away_just_after_a_registration_is_told_the_rest_and_th
     assert [event["kind"] for event in registry.spool_of(elsewhere).waiting()] == ["status"]
     registry.send(elsewhere, Silent())
     assert (elsewhere.read_json(registry.REGISTERED) or {})["champion"]
+    assert json.loads(swa_dist_here("history", NAME, "--json", uri=direct.uri).stdout)[0]["who"].endswith("in first")
     assert mlflow.MlflowClient(direct.uri, direct.uri).get_model_version(NAME, "1").aliases == ["champion"]
 
 

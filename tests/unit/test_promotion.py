@@ -451,7 +451,7 @@ def test_mistakes_on_the_command_line_end_with_a_sentence(place, swa_dist, tmp_p
 
 def ruled(place, version, said=None, **fields):
     recipe = config.replace(place.recipe, **{"registry.model": "at-the-end"} | fields)
-    return registry._rule(place.uri, recipe, version, place.folder, said or Said())
+    return registry._rule(place.uri, recipe, version, "the run at the end", said or Said())
 
 
 def test_a_run_rules_about_its_version_once_and_a_rollback_stays(place):
