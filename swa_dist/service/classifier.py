@@ -140,7 +140,7 @@ def digest(root: Path) -> str:
     """SHA-256 over the names and contents of the model's files, as swa_dist has it."""
     names = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
     ignored = ("artifacts/model/model_card.md", "registered_model_meta")
-    deciding = [name for name in sorted(names) if name not in ignored and "__pycache__" not in name]  # of this load
+    deciding = [name for name in sorted(names) if name not in ignored and "__pycache__" not in name]
     lines = [f"{hashlib.sha256(names[name].read_bytes()).hexdigest()}  {name}\n" for name in deciding]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -134,14 +134,15 @@ def _insist(uri: str, ask: Callable[[], object]) -> None:
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over names and contents of all files of a logged model in `folder`, but its card and the one that MLflow
-    adds where it downloads a version. Raises CheckpointError where it is none."""
+    """SHA-256 over names and contents of all files of a logged model in `folder`, but its card, and what MLflow and
+    Python add where it is loaded, be it the artifact store itself. Raises CheckpointError where it is none."""
     needed = (_CLASSIFIER.name, "MLmodel", *(f"{FILES}/{name}" for name in (PROGRAM, WEIGHTS, FACTS)))
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} must be a logged model, but has no {missing[0]}.")
     names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    lines = [f"{sha256_file(names[name])}  {name}\n" for name in sorted(names) if name not in _NOT_IN_DIGEST]
+    deciding = [name for name in sorted(names) if name not in _NOT_IN_DIGEST and "__pycache__" not in name]
+    lines = [f"{sha256_file(names[name])}  {name}\n" for name in deciding]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

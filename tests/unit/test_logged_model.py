@@ -245,6 +245,8 @@ def test_the_digest_is_of_what_decides_and_the_same_wherever_it_is_downloaded(lo
     expected = logged_model.digest(logged.folder)
     (own / "artifacts/model/model_card.md").write_text("another card")
     (own / "registered_model_meta").write_text("x")
+    (own / "__pycache__").mkdir(exist_ok=True)
+    (own / "__pycache__/classifier.cpython-311.pyc").write_text("x")
     assert logged_model.digest(own) == expected
     assert classifier.digest(own) == expected, "the model says so itself"
     names = ("model.pt2", "model.safetensors", "facts.json", "recipe.yaml")

@@ -496,7 +496,9 @@ def test_a_version_whose_files_were_changed_is_not_loaded_from_the_registry(plac
     name = place.model("changed")
     version = place.promoted(name, place.scored(900))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", place.uri)
-    mlflow.pyfunc.load_model(f"models:/{name}@champion")
+    mlflow.pyfunc.load_model(f"models:/{name}@champion")  # on a disk: from the artifact store itself
+    assert place.promote(name, place.version(name, place.scored(950))).status == "promoted"
+    place.keeper(name).rollback(None, "the files of this one are as they were, too")
     facts = place.artifact_place(name, version) / logged_model.FILES / logged_model.FACTS
     facts.write_text(facts.read_text().replace('"1"', '"cat"'))
     with pytest.raises(MlflowException, match="must have the SHA-256 in its tag"):
