@@ -164,7 +164,7 @@ MUTATIONS = [
         "data/dali.py",
         "crops.flip[self._good]",
         "crops.flip[: len(self.ids)]",
-        "tests/distributed/test_bad_images.py -k without_their_places",
+        "tests/unit/test_loaders.py -k left_out",
     ),
     Mutation(
         "a gain that chance gives is a gain",

@@ -555,3 +555,19 @@ def test_no_image_is_no_batch(place):
     loaders = few(place, 0)
     assert (loaders.num_train, loaders.num_val) == (0, 0)
     assert [*loaders.train(0, 0, {}), *loaders.validation(), *loaders.recalibration(Span(0, 0), "train", {})] == []
+
+
+def test_images_that_are_left_out_leave_the_others_as_they_are(places):
+    """Each has its own part and its own mirroring, wherever in its group it then is."""
+    loaders = loaders_at(places["folder"], flip=True)
+
+    def pixels(left_out):
+        groups = [group for batch in loaders.train(0, 0, left_out) for group in batch.groups]
+        return {i: image for group in groups for i, image in zip(group.ids.tolist(), group.images, strict=True)}
+
+    whole = pixels({})
+    first = [batch.groups[0].ids.tolist() for batch in loaders.train(0, 0, {})]
+    bad = {ids[0]: "no image" for ids in first if len(ids) > 2}
+    rest = pixels(bad)
+    assert whole.keys() - rest.keys() == bad.keys()
+    assert all(torch.equal(whole[i], image) for i, image in rest.items())
