@@ -104,7 +104,7 @@ def look(client: mlflow.MlflowClient, name: str) -> Aliases:
     the journal can't be read."""
     model = client.get_registered_model(name)
     found = {alias: str(version) for alias, version in model.aliases.items()}
-    journal = [_entry(name, tag, text) for tag, text in model.tags.items() if tag.startswith(_JOURNAL)]
+    journal = [_read(name, tag, text) for tag, text in model.tags.items() if tag.startswith(_JOURNAL)]
     return Aliases(
         champion=found.get(CHAMPION),
         previous=found.get(PREVIOUS),
@@ -113,7 +113,7 @@ def look(client: mlflow.MlflowClient, name: str) -> Aliases:
     )
 
 
-def _entry(name: str, tag: str, text: str) -> Entry:
+def _read(name: str, tag: str, text: str) -> Entry:
     known = {one.name for one in fields(Entry)}
     try:
         return Entry(**{word: value for word, value in json.loads(text).items() if word in known})

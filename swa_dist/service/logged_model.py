@@ -27,7 +27,6 @@ import pandas as pd
 import safetensors.torch
 import torch
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, DataType
@@ -125,10 +124,8 @@ def _insist(uri: str, ask: Callable[[], object]) -> None:
     """Ask again where the answer is lost, rather than throw away a model that passed."""
 
     def once() -> None:
-        try:
+        with tracking.answering(uri):
             ask()
-        except MlflowException as error:
-            raise tracking.unanswered(uri, error) from error
 
     tracking.patiently(once)
 

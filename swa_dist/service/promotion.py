@@ -146,15 +146,15 @@ class Gatekeeper:
     @property
     def challenger(self) -> str | None:
         """The version that is @challenger, if any is."""
-        with versions.answering(self.uri):
+        with tracking.answering(self.uri):
             return champion.look(self._client, self.name).challenger
 
     def history(self) -> tuple[Entry, ...]:
-        with versions.answering(self.uri):
+        with tracking.answering(self.uri):
             return champion.look(self._client, self.name).journal
 
     def _alone(self, work: Callable[[Holder], T]) -> T:
-        with versions.answering(self.uri):
+        with tracking.answering(self.uri):
             return champion.alone(self._client, self.name, self.display.say, work)
 
     def _rule(self, version: str, found: champion.Aliases, overrides: tuple[str, ...]) -> Ruling:
@@ -179,7 +179,7 @@ class Gatekeeper:
         """Raise ConfigError where the run that a version comes from was deleted."""
         address = f"models:/{self.name}/{version}"
         run_id = versions.version_of(self.uri, address, "the version").run_id
-        with versions.answering(self.uri):
+        with tracking.answering(self.uri):
             try:
                 stage = self._client.get_run(run_id).info.lifecycle_stage
             except MlflowException as error:
@@ -266,7 +266,7 @@ class Gatekeeper:
         name = f"promotion/version-{ruling.version}"
         run_id = versions.version_of(self.uri, f"models:/{self.name}/{ruling.version}", "the version").run_id
         try:
-            with versions.answering(self.uri):
+            with tracking.answering(self.uri):
                 self._client.log_text(run_id, json.dumps(ruling.facts(), indent=1), f"{name}.json")
                 self._client.log_text(run_id, markdown(ruling), f"{name}.md")
                 self._client.set_tag(run_id, "swa.promotion", f"{ruling.status}: {ruling.why}")
@@ -278,7 +278,7 @@ def gatekeeper(uri: str, name: str, display: Display) -> Gatekeeper:
     """For the person at this machine. Raises ConfigError where there is no such model, and ServiceError."""
     versions.check_database(uri)
     tracking.configure_client()
-    with versions.answering(uri):
+    with tracking.answering(uri):
         try:
             versions.client_of(uri).get_registered_model(name)
         except MlflowException as error:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -141,15 +141,10 @@ def send(spool: Spool, handlers: dict[str, Handler], should_stop: Callable[[], b
     Raises ServiceError where MLflow can't be reached or refuses: what was sent until then is not sent again.
     """
     target = spool.target
-    try:
-        with spool.one_sender():
-            client = mlflow.MlflowClient(tracking_uri=target.uri, registry_uri=target.uri)
-            run_id = find_or_create_run(client, target)
-            _send_waiting(spool, client, run_id, _HANDLERS | handlers, should_stop)
-    except SwaDistError:
-        raise
-    except Exception as error:  # a database, a driver, a bucket: whatever MLflow is made of
-        raise unanswered(target.uri, error) from error
+    with answering(target.uri), spool.one_sender():
+        client = mlflow.MlflowClient(tracking_uri=target.uri, registry_uri=target.uri)
+        run_id = find_or_create_run(client, target)
+        _send_waiting(spool, client, run_id, _HANDLERS | handlers, should_stop)
     return run_id
 
 
@@ -189,7 +184,18 @@ def patiently(ask: Callable[[], T]) -> T:
     return ask()
 
 
-def unanswered(uri: str, error: Exception) -> ServiceError:
+@contextlib.contextmanager
+def answering(uri: str) -> Iterator[None]:
+    """Within the block whatever MLflow raises is a ServiceError."""
+    try:
+        yield
+    except SwaDistError:
+        raise
+    except Exception as error:  # a database, a driver, a bucket: whatever MLflow is made of
+        raise _unanswered(uri, error) from error
+
+
+def _unanswered(uri: str, error: Exception) -> ServiceError:
     reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
     if isinstance(error, MlflowException):
         remedy = mlflow_refusals.remedy(uri, error.get_http_status_code(), str(error))

@@ -1,10 +1,8 @@
 """What the model registry holds: versions, their aliases, their files. Asks only; changes nothing. Imports mlflow."""
 
-import contextlib
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import mlflow
 import mlflow.artifacts
 from mlflow.exceptions import MlflowException
 
-from swa_dist.errors import CheckpointError, ConfigError, ServiceError, SwaDistError
+from swa_dist.errors import CheckpointError, ConfigError, ServiceError
 from swa_dist.service import logged_model, tracking
 from swa_dist.storage.files import write_atomic
 
@@ -76,14 +74,14 @@ def verified(uri: str, name: str, version: str, into: Path) -> Path:
 
 def _fetch(uri: str, name: str, version: str, into: Path) -> Path:
     """The folder with the files of a version, downloaded."""
-    with answering(uri):
+    with tracking.answering(uri):
         # By its place: an address models:/... is looked up at MLflow's global address, whatever is passed.
         return download_from(uri, client_of(uri).get_model_version_download_uri(name, version), into)
 
 
 def download_from(uri: str, place: str, into: Path) -> Path:
     """The folder at a place of MLflow's artifacts, downloaded."""
-    with answering(uri):
+    with tracking.answering(uri):
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=place, dst_path=str(into), tracking_uri=uri))
 
 
@@ -94,7 +92,7 @@ def is_aliased(uri: str, run_key: str, run_id: str, registered: tuple[str, str] 
     """
     check_database(uri)
     versions = set() if registered is None else {registered}
-    with answering(uri):
+    with tracking.answering(uri):
         client = client_of(uri)
         for query in (f"tags.run_key = '{run_key}'", f"run_id = '{run_id}'"):
             versions |= {(found.name, str(found.version)) for found in client.search_model_versions(query)}
@@ -143,7 +141,7 @@ def version_of(uri: str, model: str, what: str = "`model.weights`") -> Any:
     tracking.configure_client()
 
     def ask() -> Any:
-        with answering(uri):
+        with tracking.answering(uri):
             client = client_of(uri)
             try:
                 if separator == "@":
@@ -161,13 +159,3 @@ def version_of(uri: str, model: str, what: str = "`model.weights`") -> Any:
 
 def client_of(uri: str) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-@contextlib.contextmanager
-def answering(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except SwaDistError:
-        raise
-    except Exception as error:  # a database, a driver, a bucket: whatever MLflow is made of
-        raise tracking.unanswered(uri, error) from error

@@ -289,6 +289,16 @@ class Pausing:
         self._client.set_registered_model_alias(name, alias, version)
 
 
+def cut_off(client, name, version):
+    """A promotion whose process is killed just before it sets @champion."""
+
+    def killed():
+        raise Killed
+
+    with pytest.raises(Killed):
+        promoted(Pausing(client, killed), name, version)
+
+
 def test_what_a_paused_process_wrote_after_its_lease_went_to_another_is_put_right(client, tmp_path, monkeypatch):
     name = "paused"
     made(client, name, tmp_path)
@@ -315,12 +325,7 @@ def test_a_change_that_was_begun_is_finished_by_the_next(client, tmp_path):
     made(client, "begun", tmp_path)
     promoted(client, "begun", "1")
     client.set_registered_model_alias("begun", "challenger", "2")
-
-    def killed():
-        raise Killed
-
-    with pytest.raises(Killed):
-        promoted(Pausing(client, killed), "begun", "2")
+    cut_off(client, "begun", "2")
     assert champion.look(client, "begun").champion == "1"
     found = settled(client, "begun")
     assert (found.champion, found.previous, found.challenger) == ("2", "1", None)
@@ -332,12 +337,7 @@ def test_a_change_that_was_begun_is_finished_by_the_next(client, tmp_path):
 def test_a_change_to_a_version_that_was_deleted_meanwhile_is_given_up(client, tmp_path):
     made(client, "deleted", tmp_path)
     promoted(client, "deleted", "1")
-
-    def killed():
-        raise Killed
-
-    with pytest.raises(Killed):
-        promoted(Pausing(client, killed), "deleted", "2")
+    cut_off(client, "deleted", "2")
     client.delete_model_version("deleted", "2")
     found = settled(client, "deleted")
     assert found.champion == "1"
@@ -349,12 +349,7 @@ def test_a_version_that_was_repaired_can_be_chosen_by_hand_later(client, tmp_pat
     """Of a change that another finished, a paused process may write once more; not for ever."""
     made(client, "later", tmp_path)
     promoted(client, "later", "1")
-
-    def killed():
-        raise Killed
-
-    with pytest.raises(Killed):
-        promoted(Pausing(client, killed), "later", "3")
+    cut_off(client, "later", "3")
     settled(client, "later")
     promoted(client, "later", "4")
     for entry in champion.look(client, "later").journal:  # two hours pass
@@ -368,12 +363,7 @@ def test_a_version_that_was_repaired_can_be_chosen_by_hand_later(client, tmp_pat
 def test_what_is_put_right_is_never_a_version_that_is_gone(client, tmp_path):
     made(client, "both", tmp_path)
     promoted(client, "both", "1")
-
-    def killed():
-        raise Killed
-
-    with pytest.raises(Killed):
-        promoted(Pausing(client, killed), "both", "3")
+    cut_off(client, "both", "3")
     settled(client, "both")
     promoted(client, "both", "4")
     client.set_registered_model_alias("both", "champion", "3")
